@@ -1,0 +1,333 @@
+"""The attention of VideoNSA in plain PyTorch: its specification, and the oracle of every test.
+
+    o_j = g_cmp * compressed(j) + g_slc * selected(j) + g_win * window(j)        (VideoNSA, eq. 5)
+
+Every function works on packed streams: the vision tokens of several samples, one after the other,
+without padding. Positions, blocks and windows count within a sample's own stream.
+
+Shapes: T tokens, H query heads, K key/value heads, G = H // K, D head size, B block size,
+        S selected blocks, N keys of one sample.
+        q is [Tq, H, D], k and v are [Tk, K, D]; head h reads key/value head h // G.
+Lengths: cu_q and cu_k are int32 [samples + 1], cumulative, from 0 to Tq and Tk. A sample may have
+        fewer queries than keys (the earlier ones are cached); its queries are then its last ones.
+Numbers: any floating dtype, any device. Scores and softmax are computed in float32 (float64 for
+        float64 inputs) and the probabilities are rounded to the inputs' dtype before they meet v.
+Memory: queries are taken in chunks, so it grows with the number of keys, not with its square.
+"""
+
+import torch
+
+CHUNK_ELEMENTS = 2**23  # the largest intermediate of one chunk of queries
+
+
+def compress_blocks(k, v, cu_k, *, block_size):
+    """Means of k and v over each complete block of `block_size` tokens (VideoNSA, section 2.2).
+
+    k, v [Tk, K, D]. Returns k_cmp, v_cmp [Tk // block_size, K, D]: the blocks of the first
+    sample, then of the second, and so on; sample s has (cu_k[s + 1] - cu_k[s]) // block_size of
+    them. Rows past the last block are zero. Differentiable in k and v.
+    """
+    means = []
+    for x in (k, v):
+        blocks = [
+            x[start : end - (end - start) % block_size].unflatten(0, (-1, block_size))
+            for start, end in _spans(cu_k)
+            if end - start >= block_size
+        ]
+        mean = torch.cat([block.to(_exact(x)).mean(1) for block in blocks]) if blocks else x[:0]
+        unused = len(x) // block_size - len(mean)
+        means.append(torch.cat([mean.to(x.dtype), x.new_zeros(unused, *x.shape[1:])]))
+    return tuple(means)
+
+
+def compressed_attention(q, k_cmp, v_cmp, cu_q, cu_k, *, block_size, scale=None):
+    """Softmax attention over the means of the blocks that are complete at the query.
+
+    q [Tq, H, D]; k_cmp, v_cmp [*, K, D] as `compress_blocks` returns them. Block i is visible at
+    position j when its last token is: (i + 1) * block_size - 1 <= j. Returns o [Tq, H, D], zero
+    where no block is visible, and the natural log-sum-exp of the scaled scores, float32 (or
+    float64) [Tq, H], +inf where no block is visible. Differentiable through o.
+    """
+    scale = _scale(q, scale)
+    outputs, sums = [], []
+    for queries, blocks, positions in _chunks(q, cu_q, cu_k, block_size, per_query=q.shape[1]):
+        visible = _is_complete(len(k_cmp[blocks]), positions, block_size)
+        o, lse = _attend(q[queries], k_cmp[blocks], v_cmp[blocks], visible, scale)
+        outputs.append(o)
+        sums.append(lse)
+    if not outputs:
+        return torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=_exact(q))
+    return torch.cat(outputs), torch.cat(sums).detach()
+
+
+@torch.no_grad()
+def select_blocks(
+    q,
+    k_cmp,
+    lse,
+    cu_q,
+    cu_k,
+    *,
+    block_size,
+    num_selected,
+    num_initial=0,
+    num_local=1,
+    scale=None,
+):
+    """The blocks that each query attends to, chosen per key/value head (VideoNSA, eq. 3-4).
+
+    q [Tq, H, D]; k_cmp and lse as for and from `compressed_attention`. The first `num_initial`
+    blocks and the `num_local` ones that end with the query's own are always chosen; the rest of
+    the `num_selected` are the past blocks of largest importance, the sum over the group's heads
+    of the compressed branch's probabilities. Equal importances go to the lower index.
+    Returns int32 [Tq, K, num_selected], block numbers within the sample, ascending, then -1.
+    """
+    scale = _scale(q, scale)
+    group = q.shape[1] // k_cmp.shape[1]
+    chosen = []
+    per_query = q.shape[1] * q.shape[2]
+    for queries, blocks, positions in _chunks(q, cu_q, cu_k, block_size, per_query=per_query):
+        keys = k_cmp[blocks].to(_exact(q)).transpose(0, 1)  # [K, blocks, D]
+        visible = _is_complete(keys.shape[1], positions, block_size)[:, None]
+        importance = 0  # [t, K, blocks]
+        for head in range(group):
+            # A product and a sum, because a matrix product may round equal columns differently,
+            # and equal blocks (of a still picture) have to stay equal.
+            scores = (q[queries, head::group, None] * keys).sum(-1) * scale
+            probability = (scores - lse[queries, head::group, None]).exp()
+            importance = importance + probability.masked_fill(~visible, 0)
+
+        own = (positions // block_size)[:, None, None]
+        # The own block may be incomplete and so have no mean: one column more than there are means.
+        index = torch.arange(keys.shape[1] + 1, device=q.device)
+        importance = torch.nn.functional.pad(importance, (0, 1))
+        forced = (index < num_initial) | (index > own - num_local)
+        importance = importance.masked_fill(forced, torch.inf)
+        importance = importance.masked_fill(index > own, -torch.inf)
+        chosen.append(_largest(importance, num_selected))
+    if not chosen:
+        return torch.empty(0, k_cmp.shape[1], num_selected, dtype=torch.int32, device=q.device)
+    return torch.cat(chosen)
+
+
+def selected_attention(q, k, v, blocks, cu_q, cu_k, *, block_size, scale=None):
+    """Causal softmax attention over the tokens of the chosen blocks.
+
+    blocks int32 [Tq, K, S] as from `select_blocks`, constant; -1, in any slot, is an unused one.
+    Returns o [Tq, H, D], zero where no token is visible. Differentiable in q, k, v.
+    """
+    scale = _scale(q, scale)
+    group = q.shape[1] // k.shape[1]
+    slots = blocks.shape[2] * block_size
+    outputs = []
+    per_query = slots * k.shape[1] * k.shape[2]
+    for queries, keys, positions in _chunks(q, cu_q, cu_k, 1, per_query=per_query, per_key=0):
+        first = blocks[queries].long().unsqueeze(-1) * block_size
+        token = first + torch.arange(block_size, device=q.device)  # [t, K, S, B]
+        token = token.flatten(2)
+        visible = (token >= 0) & (token <= positions[:, None, None])
+        token = torch.where(visible, token, 0)
+        head = torch.arange(k.shape[1], device=q.device)[:, None]
+        o, _ = _softmax_attention(
+            _grouped(q[queries], group), k[keys][token, head], v[keys][token, head], visible, scale
+        )
+        outputs.append(o.flatten(1, 2))
+    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+
+
+def window_attention(q, k, v, cu_q, cu_k, *, window_size, scale=None):
+    """Softmax attention to the last `window_size` tokens, the query's own counted (eq. 5).
+
+    Returns o [Tq, H, D]. Differentiable in q, k, v.
+    """
+    scale = _scale(q, scale)
+    outputs = []
+    per_query = 2 * window_size * q.shape[1]
+    for queries, keys, positions in _chunks(
+        q, cu_q, cu_k, 1, per_query=per_query, per_key=0, at_most=max(window_size, 256)
+    ):
+        # The chunk's queries share one run of keys: first window's start to last query.
+        start = keys.start + max(0, int(positions[0]) - window_size + 1)
+        near = slice(start, keys.start + int(positions[-1]) + 1)
+        key_positions = torch.arange(near.start, near.stop, device=q.device) - keys.start
+        age = positions[:, None] - key_positions
+        o, _ = _attend(q[queries], k[near], v[near], (age >= 0) & (age < window_size), scale)
+        outputs.append(o)
+    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+
+
+def dense_attention(q, k, v, positions, cu_q, cu_k, *, scale=None):
+    """Causal softmax attention of queries at given positions to all keys of their sample.
+
+    positions int [Tq]: where each query stands among its sample's keys; it sees the keys up to
+    and including that one. Returns o [Tq, H, D]. Differentiable in q, k, v.
+    """
+    scale = _scale(q, scale)
+    outputs = []
+    for queries, keys, _ in _chunks(q, cu_q, cu_k, 1, per_query=q.shape[1]):
+        key_positions = torch.arange(keys.stop - keys.start, device=q.device)
+        visible = key_positions <= positions[queries, None]
+        outputs.append(_attend(q[queries], k[keys], v[keys], visible, scale)[0])
+    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+
+
+def nsa_attention(
+    q,
+    k,
+    v,
+    gates,
+    cu_q,
+    cu_k,
+    *,
+    block_size,
+    num_selected,
+    window_size,
+    num_initial=0,
+    num_local=1,
+    scale=None,
+):
+    """The three branches, each weighted by its gate (VideoNSA, section 2.1).
+
+    q [Tq, H, D]; k, v [Tk, K, D]; gates [Tq, H, 3], the weights of the compressed, the selected
+    and the window branch. Returns o [Tq, H, D]. Differentiable in q, k, v and gates, not through
+    the choice of the blocks.
+    """
+    check_streams(q, k, v, cu_q, cu_k)
+    if gates.shape != (*q.shape[:2], 3):
+        raise ValueError(
+            f"gates has shape {tuple(gates.shape)}; wanted one weight per query, head and branch, "
+            f"{(*q.shape[:2], 3)}."
+        )
+    k_cmp, v_cmp = compress_blocks(k, v, cu_k, block_size=block_size)
+    compressed, lse = compressed_attention(
+        q, k_cmp, v_cmp, cu_q, cu_k, block_size=block_size, scale=scale
+    )
+    blocks = select_blocks(
+        q,
+        k_cmp,
+        lse,
+        cu_q,
+        cu_k,
+        block_size=block_size,
+        num_selected=num_selected,
+        num_initial=num_initial,
+        num_local=num_local,
+        scale=scale,
+    )
+    selected = selected_attention(q, k, v, blocks, cu_q, cu_k, block_size=block_size, scale=scale)
+    window = window_attention(q, k, v, cu_q, cu_k, window_size=window_size, scale=scale)
+    branches = torch.stack([compressed, selected, window], dim=-1)  # [Tq, H, D, 3]
+    return (branches * gates.to(q.dtype).unsqueeze(2)).sum(-1)
+
+
+def check_streams(q, k, v, cu_q, cu_k):
+    """Raise a ValueError where q, k and v are not packed streams of matching shapes."""
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; "
+            "wanted [queries, heads, D], and twice [keys, key heads, D] with the same D."
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly; "
+            "the first must be a multiple of the second."
+        )
+    if cu_q.ndim != 1 or cu_q.shape != cu_k.shape:
+        raise ValueError(
+            f"cu_q and cu_k have shapes {tuple(cu_q.shape)} and {tuple(cu_k.shape)}; wanted one "
+            "cumulative length per sample and a leading zero in both."
+        )
+
+
+def _spans(cumulative):
+    """[(start, end)] of each sample."""
+    bounds = cumulative.tolist()
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def _chunks(q, cu_q, cu_k, block_size, *, per_query, per_key=1, at_most=CHUNK_ELEMENTS):
+    """Runs of queries of one sample that keep every intermediate under CHUNK_ELEMENTS.
+
+    Yields (slice of the queries, slice of the sample's keys, positions [t] of the queries). With
+    a block_size above 1 the second slice counts complete blocks instead of tokens.
+    An intermediate has `per_query` elements per query, times the keys if `per_key` is 1. A run
+    has no more than `at_most` queries.
+    """
+    first_key = 0
+    for (q_start, q_end), (k_start, k_end) in zip(_spans(cu_q), _spans(cu_k), strict=True):
+        queries, tokens = q_end - q_start, k_end - k_start
+        if queries > tokens:
+            raise ValueError(
+                f"a sample has {queries} queries but {tokens} keys; its queries must be the last "
+                "of its keys."
+            )
+        keys = slice(first_key, first_key + tokens // block_size)
+        first_key = keys.stop
+        elements = per_query * (max(1, keys.stop - keys.start) if per_key else 1)
+        step = min(at_most, max(1, CHUNK_ELEMENTS // elements))
+        for start in range(q_start, q_end, step):
+            end = min(start + step, q_end)
+            positions = torch.arange(start, end, device=q.device) + (tokens - q_end)
+            yield slice(start, end), keys, positions
+
+
+def _is_complete(num_blocks, positions, block_size):
+    """[t, blocks]: whether each block's last token is at or before the query."""
+    last = torch.arange(1, num_blocks + 1, device=positions.device) * block_size - 1
+    return last <= positions[:, None]
+
+
+def _largest(importance, count):
+    """Ascending indices of the `count` largest entries above -inf, int32, filled up with -1.
+
+    A stable sort, because ties go to the lower index.
+    """
+    values, order = importance.sort(dim=-1, descending=True, stable=True)
+    none = importance.shape[-1]
+    order = order.masked_fill(values == -torch.inf, none)[..., :count].sort(dim=-1).values
+    order = torch.nn.functional.pad(order, (0, count - order.shape[-1]), value=none)
+    return order.masked_fill(order == none, -1).int()
+
+
+def _attend(q, k, v, visible, scale):
+    """q [t, H, D] over shared keys k, v [n, K, D] where visible [t, n]: o [t, H, D], lse [t, H]."""
+    group = q.shape[1] // k.shape[1]
+    keys, values = k.transpose(0, 1), v.transpose(0, 1)  # [K, n, D], the same for every query
+    grouped = _grouped(q, group).transpose(0, 1)  # [K, t, G, D]
+    scores = grouped.flatten(1, 2) @ keys.to(_exact(q)).transpose(1, 2)  # [K, t * G, n]
+    scores = scores.unflatten(1, (-1, group)) * scale
+    weights, lse = _softmax(scores, visible[:, None])
+    o = weights.to(v.dtype).flatten(1, 2) @ values
+    o = o.unflatten(1, (-1, group)).transpose(0, 1)  # [t, K, G, D]
+    return o.flatten(1, 2), lse.transpose(0, 1).flatten(1)
+
+
+def _softmax_attention(q, k, v, visible, scale):
+    """q [t, K, G, D] over each query's own keys k, v [t, K, n, D] where visible [t, K, n]."""
+    scores = (q @ k.to(_exact(k)).transpose(2, 3)) * scale
+    weights, lse = _softmax(scores, visible.unsqueeze(2))
+    return weights.to(v.dtype) @ v, lse
+
+
+def _softmax(scores, visible):
+    """Probabilities over the visible keys, zero in a row that sees none; lse is +inf there."""
+    sees_any = visible.any(-1, keepdim=True)
+    # The lowest finite number, not -inf, keeps a row without keys (and its gradient) free of NaN.
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1) if scores.shape[-1] else scores
+    lse = scores.logsumexp(-1).masked_fill(~sees_any.squeeze(-1), torch.inf)
+    return weights * sees_any, lse
+
+
+def _grouped(q, group):
+    """[t, H, D] as [t, K, G, D], in the precision of the scores."""
+    return q.unflatten(1, (-1, group)).to(_exact(q))
+
+
+def _exact(x):
+    """The dtype of scores and softmax."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _scale(q, scale):
+    return q.shape[-1] ** -0.5 if scale is None else scale
