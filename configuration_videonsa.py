@@ -97,6 +97,11 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
             raise ValueError(f"nsa_modalities is empty; name at least one of {MODALITIES}.")
         for modality in self.nsa_modalities:
             _check_choice("nsa_modalities", modality, MODALITIES)
+        if self.attention_dropout:
+            raise ValueError(
+                f"attention_dropout is {self.attention_dropout}; the sparse branches have no "
+                "dropout, so it must be 0."
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "

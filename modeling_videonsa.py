@@ -1,0 +1,722 @@
+"""VideoNSA: Qwen2.5-VL whose language model attends to vision tokens through three sparse branches.
+
+Only what differs from Qwen2.5-VL stands here:
+
+- `VideoNSAAttention`: vision rows through `nsa_attention`, text rows through `dense_attention`. A
+  call without new vision tokens (text, decoding) runs the stock attention, untouched.
+- `VideoNSATextModel`: lays out which rows are which (`NSAPlan`), once for all layers.
+- `VideoNSAModel`: finds the vision tokens, gives every token its position, and keeps what a later
+  turn needs of both (`NSAState`) with the cache, so that one model serves many conversations.
+- `VideoNSAForConditionalGeneration`: what `generate` needs beyond that.
+
+What the branches compute is specified in nsa_reference.py.
+"""
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+    Qwen2_5_VLAttention,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+    Qwen2_5_VLPreTrainedModel,
+    Qwen2_5_VLTextModel,
+    apply_rotary_pos_emb,
+)
+from transformers.utils import logging
+
+from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
+from .nsa_reference import dense_attention, nsa_attention
+
+try:
+    from transformers.conversion_mapping import (
+        WeightRenaming,
+        register_checkpoint_conversion_mapping,
+    )
+except ImportError:
+    register_checkpoint_conversion_mapping = None
+
+logger = logging.get_logger(__name__)
+
+MEDIA = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+class NSAPlan(NamedTuple):
+    """Which rows of a batch [B, S] are which, for every layer of one forward pass.
+
+    A row is a pair of indices, (batch, position in the cache); queries count from the first new
+    token. The cumulative lengths are int32 [samples + 1].
+    """
+
+    num_queries: int  # S, new tokens per batch row
+    num_keys: int  # cached and new tokens per batch row
+    vision_queries: tuple[torch.Tensor, torch.Tensor]
+    vision_keys: tuple[torch.Tensor, torch.Tensor]
+    cu_vision_queries: torch.Tensor
+    cu_vision_keys: torch.Tensor
+    text_queries: tuple[torch.Tensor, torch.Tensor]
+    text_positions: torch.Tensor  # of each text query among its sample's keys
+    all_keys: tuple[torch.Tensor, torch.Tensor]
+    cu_text_queries: torch.Tensor
+    cu_all_keys: torch.Tensor
+
+
+def make_plan(vision, num_queries, valid=None, sample=None):
+    """Lay out a batch.
+
+    vision bool [B, L]: the vision tokens among the cached and the `num_queries` new ones.
+    valid bool [B, L]: no padding; everything by default.
+    sample int64 [B, L]: which sample a token belongs to, ascending; a batch row each by default.
+    """
+    rows, num_keys = vision.shape
+    if valid is None:
+        valid = torch.ones_like(vision)
+    if sample is None:
+        sample = torch.arange(rows, device=vision.device)[:, None].expand(rows, num_keys)
+    num_samples = int(sample.max()) + 1
+    new = torch.arange(num_keys, device=vision.device) >= num_keys - num_queries
+
+    def find(mask):
+        found = mask.nonzero(as_tuple=True)
+        counts = torch.bincount(sample[found], minlength=num_samples)
+        return found, nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+    def queries(keys):
+        return keys[0], keys[1] - (num_keys - num_queries)
+
+    vision_keys, cu_vision_keys = find(vision & valid)
+    vision_queries, cu_vision_queries = find(vision & valid & new)
+    text_queries, cu_text_queries = find(~vision & valid & new)
+    all_keys, cu_all_keys = find(valid)
+    rank = valid.flatten().cumsum(0).view_as(valid) - 1
+    return NSAPlan(
+        num_queries=num_queries,
+        num_keys=num_keys,
+        vision_queries=queries(vision_queries),
+        vision_keys=vision_keys,
+        cu_vision_queries=cu_vision_queries,
+        cu_vision_keys=cu_vision_keys,
+        text_queries=queries(text_queries),
+        text_positions=rank[text_queries] - cu_all_keys[sample[text_queries]],
+        all_keys=all_keys,
+        cu_text_queries=cu_text_queries,
+        cu_all_keys=cu_all_keys,
+    )
+
+
+@dataclass
+class NSAState:
+    """What a cache remembers of its first n tokens; tokens after those are text.
+
+    vision bool [B, n]: which are vision tokens.
+    reach int64 [B, n]: the largest position, over time, height and width, up to each token.
+    """
+
+    vision: torch.Tensor
+    reach: torch.Tensor
+
+    def until(self, length, valid=None):
+        """The state of exactly the first `length` tokens; valid bool [B, >= length] or None."""
+        known = min(length, self.vision.shape[1])
+        text = torch.ones_like(self.vision[:, :1]).expand(-1, length - known)
+        text = text if valid is None else valid[:, known:length]
+        last = self.reach[:, known - 1 : known] if known else -torch.ones_like(self.reach[:, :1])
+        return NSAState(
+            torch.cat([self.vision[:, :known], torch.zeros_like(text)], dim=1),
+            torch.cat([self.reach[:, :known], last + text.long().cumsum(1)], dim=1),
+        )
+
+    def followed_by(self, vision, reach):
+        """The state of these tokens and of new ones."""
+        reach = torch.cat([self.reach, reach], dim=1).cummax(1).values
+        return NSAState(torch.cat([self.vision, vision], dim=1), reach)
+
+
+class VideoNSAAttention(Qwen2_5_VLAttention):
+    """Qwen2.5-VL's attention with gates, and a sparse path for calls that bring an `NSAPlan`."""
+
+    def __init__(self, config: VideoNSATextConfig, layer_idx: int | None = None):
+        super().__init__(config, layer_idx)
+        self.g_proj_1 = nn.Linear(self.hidden_size, self.hidden_size)
+        self.g_proj_2 = nn.Linear(self.hidden_size, self.num_heads * 3)
+
+    def gates(self, hidden_states):
+        """Weights of the compressed, selected and window branch, [..., hidden] to [..., H, 3]."""
+        logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states)))
+        return (logits / self.config.nsa_gate_temperature).sigmoid().unflatten(-1, (-1, 3))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        nsa_plan: NSAPlan | None = None,
+        **kwargs,
+    ):
+        """hidden_states [B, S, hidden] to ([B, S, hidden], attention weights or None)."""
+        if nsa_plan is None:
+            output, weights = super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            if self.training:
+                # Distributed training wants every parameter in every graph, a text-only one too.
+                output = output + 0 * self.gates(hidden_states[:, :1]).sum()
+            return output, weights
+
+        heads = (*hidden_states.shape[:2], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if (cache := _cache(kwargs)) is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        if query.shape[2] != nsa_plan.num_queries or key.shape[2] < nsa_plan.num_keys:
+            raise ValueError(
+                f"layer {self.layer_idx} got {query.shape[2]} queries and {key.shape[2]} keys, but "
+                f"its vision tokens were found among {nsa_plan.num_queries} and "
+                f"{nsa_plan.num_keys}: something cut the sequence into shards, which the sparse "
+                "attention does not support. Turn context or sequence parallelism off."
+            )
+        gates = self.gates(hidden_states[nsa_plan.vision_queries])
+        output = self._attend(query, key, value, gates, nsa_plan)
+        return self.o_proj(output.flatten(2)), None
+
+    def _attend(self, query, key, value, gates, plan):
+        """query [B, H, S, D], key and value [B, K, L, D]; returns [B, S, H, D], padding zero."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        config = self.config
+        sparse, dense = _attention_functions(config.nsa_backend)
+        output = torch.zeros_like(query)
+        output[plan.vision_queries] = sparse(
+            query[plan.vision_queries],
+            key[plan.vision_keys],
+            value[plan.vision_keys],
+            gates,
+            plan.cu_vision_queries,
+            plan.cu_vision_keys,
+            block_size=config.nsa_block_size,
+            num_selected=config.nsa_num_selected_blocks,
+            window_size=config.nsa_window_size,
+            num_initial=config.nsa_num_initial_blocks,
+            num_local=config.nsa_num_local_blocks,
+            scale=self.scaling,
+        )
+        output[plan.text_queries] = dense(
+            query[plan.text_queries],
+            key[plan.all_keys],
+            value[plan.all_keys],
+            plan.text_positions,
+            plan.cu_text_queries,
+            plan.cu_all_keys,
+            scale=self.scaling,
+        )
+        return output
+
+
+class VideoNSATextModel(Qwen2_5_VLTextModel):
+    """Qwen2.5-VL's language model over `VideoNSAAttention`, in the stock decoder layers."""
+
+    config: VideoNSATextConfig
+    config_class = VideoNSATextConfig
+    _supports_attention_backend = False
+    _supports_context_parallel = False
+
+    def __init__(self, config: VideoNSATextConfig):
+        super().__init__(config)
+        _refuse_foreign_attention(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = VideoNSAAttention(config, index)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        nsa_vision: torch.Tensor | None = None,
+        nsa_chunk_size: int | None = None,
+        **kwargs,
+    ):
+        """Stock, but for two arguments.
+
+        nsa_vision bool [B, L]: the vision tokens among the cached and the new tokens.
+        nsa_chunk_size: pass the new tokens through the layers in chunks of this many. Needs a
+            cache; the result is that of one pass.
+        """
+        if inputs_embeds is None:  # as in stock, vision tokens come as embeddings
+            return super().forward(input_ids, attention_mask, position_ids, **kwargs)
+        call = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, **kwargs}
+        new = inputs_embeds.shape[1]
+        if nsa_chunk_size is not None and new > nsa_chunk_size:
+            return self._forward_in_chunks(
+                nsa_chunk_size, attention_mask=attention_mask, nsa_vision=nsa_vision, **call
+            )
+        if nsa_vision is None or not nsa_vision[:, -new:].any():
+            return super().forward(attention_mask=attention_mask, **call)
+
+        _refuse_foreign_attention(self.config)
+        _refuse_paged_cache(_cache(kwargs))
+        plan = make_plan(
+            nsa_vision,
+            new,
+            valid=_valid_tokens(attention_mask, nsa_vision.shape[1]),
+            sample=_packed_samples(attention_mask, position_ids, _cache(kwargs)),
+        )
+        # The plan stands for the mask, and a mask over all pairs of tokens would be enormous.
+        return super().forward(attention_mask={"full_attention": None}, nsa_plan=plan, **call)
+
+    def _forward_in_chunks(
+        self, size, inputs_embeds, attention_mask, position_ids, nsa_vision, **kwargs
+    ):
+        cache = _cache(kwargs)
+        if cache is None:
+            raise ValueError(
+                "the prompt cannot be read in chunks without a cache: leave use_cache on, or unset "
+                "prefill_chunk_size."
+            )
+        past, new = int(cache.get_seq_length()), inputs_embeds.shape[1]
+        hidden_states = []
+        for start in range(0, new, size):
+            end = min(start + size, new)
+            output = self.forward(
+                inputs_embeds=inputs_embeds[:, start:end],
+                attention_mask=_mask_of_chunk(attention_mask, start, end, past),
+                position_ids=None if position_ids is None else position_ids[..., start:end],
+                nsa_vision=None if nsa_vision is None else nsa_vision[:, : past + end],
+                **kwargs,
+            )
+            hidden_states.append(output.last_hidden_state)
+        output.last_hidden_state = torch.cat(hidden_states, dim=1)
+        return output
+
+
+class VideoNSAModel(Qwen2_5_VLModel):
+    """Qwen2.5-VL's vision tower and a `VideoNSATextModel`."""
+
+    config: VideoNSAConfig
+    config_class = VideoNSAConfig
+    _supports_attention_backend = False
+    _supports_context_parallel = False
+
+    def __init__(self, config: VideoNSAConfig):
+        # Not the parent's, which would build a dense language model first.
+        Qwen2_5_VLPreTrainedModel.__init__(self, config)
+        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
+        self.language_model = VideoNSATextModel._from_config(config.text_config)
+        self.rope_deltas = None  # stock keeps state here; ours is with the cache
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """Stock; the arguments that are not listed are passed on as they are."""
+        cache = _cache(kwargs)
+        length = 0 if cache is None else cache.get_seq_length()
+        state = getattr(cache, "nsa_state", None)
+        if isinstance(length, int) and state is not None and length < state.vision.shape[1]:
+            # The cache was cropped into what the state describes.
+            state = cache.nsa_state = state.until(length) if length else None
+
+        vision = self._vision_tokens(input_ids, inputs_embeds, mm_token_type_ids, kwargs)
+        tokens = inputs_embeds if input_ids is None else input_ids
+        if vision is not None or (position_ids is None and state is not None):
+            length = int(length)
+            valid = _valid_tokens(attention_mask, length + tokens.shape[1])
+            state = _state_until(state, length, valid, tokens)
+            if position_ids is None:
+                position_ids = self.vision_position_ids(
+                    input_ids,
+                    _text_positions(tokens, length, valid),
+                    state,
+                    valid,
+                    image_grid_thw=image_grid_thw if vision is not None else None,
+                    video_grid_thw=video_grid_thw if vision is not None else None,
+                    second_per_grid_ts=second_per_grid_ts,
+                )
+        if vision is not None:
+            reach = position_ids[-3:].amax(0) if position_ids.ndim == 3 else position_ids
+            state = state.followed_by(vision, reach.expand(len(vision), -1))
+            kwargs["nsa_vision"] = state.vision
+
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            second_per_grid_ts=second_per_grid_ts,
+            **kwargs,
+        )
+        if vision is not None and (cache := _cache(outputs)) is not None:
+            cache.nsa_state = state
+        return outputs
+
+    def _vision_tokens(self, input_ids, inputs_embeds, mm_token_type_ids, kwargs):
+        """bool [B, S]: the placeholders of the modalities in nsa_modalities; None without any.
+
+        A call without images, videos or their features holds none, whatever its ids: a generated
+        or guessed placeholder is text.
+        """
+        has_media = any(kwargs.get(pixels) is not None for pixels in MEDIA.values()) or any(
+            output is not None for output in (kwargs.get("mm_encoder_outputs") or {}).values()
+        )
+        if not has_media and (inputs_embeds is None or inputs_embeds.shape[1] == 1):
+            return None
+        ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
+        modalities = self.config.text_config.nsa_modalities
+        if input_ids is not None:
+            masks = [input_ids == ids[modality] for modality in modalities]
+        elif mm_token_type_ids is not None:
+            types = {"image": 1, "video": 2}
+            masks = [mm_token_type_ids == types[modality] for modality in modalities]
+        elif has_media:
+            image, video = self.get_placeholder_mask(None, inputs_embeds=inputs_embeds)
+            found = {"image": image.squeeze(-1), "video": video.squeeze(-1)}
+            masks = [found[modality] for modality in modalities]
+        else:
+            logger.warning_once(
+                "inputs_embeds came without input_ids and without mm_token_type_ids: every token "
+                "is taken for text and attends densely. Pass mm_token_type_ids to say which are "
+                "images (1) and videos (2)."
+            )
+            return None
+        return functools.reduce(torch.logical_or, masks)
+
+    def vision_position_ids(self, input_ids, text_positions, state, valid, **media):
+        """Positions of the new tokens over time, height and width, int64 [3, B, S].
+
+        text_positions [B or 1, S] are those of a model without vision; state is the `NSAState` of
+        the cached tokens, valid bool [B, L] or None; media are the new images' and videos' grids
+        and seconds as `get_rope_index` takes them. New text goes on where the cached tokens end.
+        """
+        length = state.vision.shape[1]
+        cached = length if valid is None else valid[:, :length].sum(1, keepdim=True)
+        start = state.reach[:, -1:] + 1 if length else 0
+        grids = [media.get(f"{modality}_grid_thw") for modality in MEDIA]
+        if input_ids is None or all(grid is None for grid in grids):
+            return text_positions.expand(3, -1, -1) + (start - cached)
+        mask = None if valid is None else valid[:, length:]
+        return self.get_rope_index(input_ids, attention_mask=mask, **media)[0] + start
+
+    def get_rope_index(
+        self,
+        input_ids: torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """Positions as Qwen2.5-VL was trained with them.
+
+        Two things differ from the library's own: the text after an image or video starts past its
+        largest position, time included, and seconds are not cut to whole ones.
+        Returns int64 [3, B, S], zero at padding, and the deltas [B, 1] between the position after
+        the last token and the number of tokens.
+        """
+        grids = {
+            self.config.image_token_id: _rows(image_grid_thw),
+            self.config.video_token_id: _rows(video_grid_thw),
+        }
+        seconds = iter([] if second_per_grid_ts is None else second_per_grid_ts)
+        positions = torch.zeros(3, *input_ids.shape, dtype=torch.long, device=input_ids.device)
+        deltas = []
+        for row, ids in enumerate(input_ids):
+            kept = torch.ones_like(ids, dtype=torch.bool)
+            if attention_mask is not None:
+                kept = attention_mask[row].bool()
+            spans = self._position_spans(ids[kept], grids, seconds)
+            positions[:, row, kept] = torch.cat(spans, dim=1).to(positions.device)
+            deltas.append(positions[:, row].max() + 1 - kept.sum())
+        return positions, torch.stack(deltas)[:, None]
+
+    def _position_spans(self, ids, grids, seconds):
+        """The positions of one sample without padding: [3, n] for each run of text, each medium."""
+        kinds = torch.zeros_like(ids)
+        for token_id in grids:
+            kinds[ids == token_id] = token_id
+        kinds, counts = torch.unique_consecutive(kinds, return_counts=True)
+        spans, start = [torch.empty(3, 0, dtype=torch.long, device=ids.device)], 0
+        for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True):
+            while count > 0:
+                if kind in grids:
+                    grid = next(grids[kind], None)
+                    if grid is None:
+                        raise ValueError(
+                            f"input_ids hold {count} tokens with id {kind} that no grid accounts "
+                            "for. Pass the image_grid_thw and video_grid_thw of every placeholder, "
+                            "as the processor returns them with input_ids."
+                        )
+                    is_video = kind == self.config.video_token_id
+                    span = self._medium_positions(grid, next(seconds, 1.0) if is_video else None)
+                else:
+                    span = torch.arange(count)[None].expand(3, -1)
+                span = span.to(ids.device)
+                spans.append(span + start)
+                start += int(span.max()) + 1
+                count -= span.shape[1]
+        return spans
+
+    def _medium_positions(self, grid, second_per_grid):
+        """[3, t * h * w] of one image (without seconds) or video, from its patch grid."""
+        vision = self.config.vision_config
+        time, height, width = grid
+        height, width = height // vision.spatial_merge_size, width // vision.spatial_merge_size
+        step = 1 if second_per_grid is None else vision.tokens_per_second * second_per_grid
+        axes = (
+            (torch.arange(time) * torch.as_tensor(step, device="cpu")).long(),
+            torch.arange(height),
+            torch.arange(width),
+        )
+        return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+
+
+class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL with learned sparse attention over vision tokens (VideoNSA, arXiv 2510.02295)."""
+
+    config: VideoNSAConfig
+    config_class = VideoNSAConfig
+    _supports_attention_backend = False
+    _supports_context_parallel = False
+
+    def __init__(self, config: VideoNSAConfig):
+        Qwen2_5_VLPreTrainedModel.__init__(self, config)
+        self.model = VideoNSAModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, *args, **kwargs):
+        # With a filled cache and the whole conversation as input, the media of earlier turns are
+        # in the cache already.
+        input_ids = kwargs.get("input_ids", inputs)
+        if (cache := _cache(kwargs)) is not None and input_ids is not None:
+            self._drop_cached_media(input_ids, int(cache.get_seq_length()), kwargs)
+        return super().generate(inputs, *args, **kwargs)
+
+    def _drop_cached_media(self, input_ids, length, kwargs):
+        mask = kwargs.get("attention_mask")
+        if not length or (mask is not None and mask.shape[1] != input_ids.shape[1]):
+            return  # nothing cached, or only the new tokens were passed
+        for modality, pixels in MEDIA.items():
+            grid = kwargs.get(f"{modality}_grid_thw")
+            if grid is None or kwargs.get(pixels) is None:
+                continue
+            placeholder = input_ids == getattr(self.config, f"{modality}_token_id")
+            cached, new = placeholder[:, :length].sum(1), placeholder[:, length:].sum(1)
+            patches = grid.prod(-1)
+            tokens = patches // self.config.vision_config.spatial_merge_size**2
+            if tokens.sum() == new.sum():
+                continue  # only the new turn's were passed
+            # Media come in the order of their placeholders: a row's cached ones, its new ones.
+            bounds = torch.stack([cached, new], dim=1).flatten().cumsum(0)
+            ends = tokens.cumsum(0).to(bounds.device)
+            whole = torch.isin(bounds, nn.functional.pad(ends, (1, 0))).all()
+            if not whole or ends[-1] != bounds[-1]:
+                raise ValueError(
+                    f"the {modality}s given have {int(ends[-1])} tokens; input_ids hold "
+                    f"{int(cached.sum())} placeholders in the cached part and {int(new.sum())} "
+                    "after it. Pass either all of the conversation's or only the new turn's, and "
+                    "a cache that does not end within one of them."
+                )
+            keep = torch.searchsorted(bounds, ends) % 2 == 1
+            _keep_media(kwargs, modality, keep, patches)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        # Positions of every token so far, [4, B, L]: as text, then over time, height and width.
+        # Those of cached tokens are not read again.
+        text = GenerationMixin._prepare_position_ids_for_generation(
+            self, inputs_tensor, model_kwargs
+        )
+        input_ids = model_kwargs.get("input_ids")
+        if input_ids is None and inputs_tensor.ndim == 2:
+            input_ids = inputs_tensor
+        cache = _cache(model_kwargs)
+        length = 0 if cache is None else int(cache.get_seq_length())
+        new = text.shape[1] - length
+        valid = _valid_tokens(model_kwargs.get("attention_mask"), text.shape[1])
+        state = _state_until(getattr(cache, "nsa_state", None), length, valid, inputs_tensor)
+        vision = self.model.vision_position_ids(
+            None if input_ids is None else input_ids[:, -new:],
+            text[:, length:],
+            state,
+            valid,
+            image_grid_thw=model_kwargs.get("image_grid_thw"),
+            video_grid_thw=model_kwargs.get("video_grid_thw"),
+            second_per_grid_ts=model_kwargs.get("second_per_grid_ts"),
+        )
+        vision = nn.functional.pad(vision, (length, 0))
+        return torch.cat([text.expand(vision.shape[1], -1)[None], vision])
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        # The library would cut the prompt before its media are encoded; the text model cuts it
+        # after, where every version of the library gets it right.
+        size = generation_config.prefill_chunk_size
+        if size is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+            model_kwargs = {**model_kwargs, "nsa_chunk_size": size}
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def save_pretrained(self, *args, **kwargs):
+        """Stock, with the keys of the state dict: other keys would not resume in the Trainer."""
+        kwargs.setdefault("save_original_format", False)
+        return super().save_pretrained(*args, **kwargs)
+
+
+def _cache(container):
+    """The key/value cache among keyword arguments or outputs, by its old or its new name."""
+    cache = container.get("cache")
+    return cache if cache is not None else container.get("past_key_values")
+
+
+def _rows(grid):
+    """An iterator over the [t, h, w] lists of a grid tensor, or over nothing."""
+    return iter([] if grid is None else grid.tolist())
+
+
+def _valid_tokens(attention_mask, length):
+    """bool [B, length], False at padding; None where nothing is padded.
+
+    The mask may be 2-D [B, length], or 4-D as the library makes it for static caches, whose last
+    query sees every token that is not padding.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask["full_attention"]
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim == 4:
+        seen = attention_mask[:, 0, -1, :length]
+        return seen if seen.dtype == torch.bool else seen == 0
+    if attention_mask.shape[1] != length:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} tokens, but the cached and the new "
+            f"ones are {length}. It needs a column for each."
+        )
+    return attention_mask.bool()
+
+
+def _text_positions(tokens, length, valid):
+    """int64 [B, S]: what the new tokens' positions would be without vision."""
+    if valid is None:
+        new = torch.arange(length, length + tokens.shape[1], device=tokens.device)
+        return new[None].expand(tokens.shape[0], -1)
+    return (valid.long().cumsum(1) - 1).clamp(min=0)[:, length:]
+
+
+def _state_until(state, length, valid, tokens):
+    """The `NSAState` of a cache's first `length` tokens, one without a state holding only text."""
+    if state is None or length == 0:
+        none = torch.zeros(tokens.shape[0], 0, dtype=torch.long, device=tokens.device)
+        state = NSAState(none.bool(), none)
+    return state.until(length, valid)
+
+
+def _keep_media(kwargs, modality, keep, patches):
+    """Drop the images or videos that bool `keep` does not mark; `patches` are their sizes."""
+    pixels, grid = MEDIA[modality], f"{modality}_grid_thw"
+    if not keep.any():
+        del kwargs[pixels], kwargs[grid]
+        return
+    rows = keep.repeat_interleave(patches.to(keep.device))
+    kwargs[pixels] = kwargs[pixels][rows.to(kwargs[pixels].device)]
+    kwargs[grid] = kwargs[grid][keep.to(kwargs[grid].device)]
+    if modality == "video" and kwargs.get("second_per_grid_ts") is not None:
+        seconds = torch.as_tensor(kwargs["second_per_grid_ts"])
+        kwargs["second_per_grid_ts"] = seconds[keep.to(seconds.device)]
+
+
+def _packed_samples(attention_mask, position_ids, cache):
+    """int64 [B, S], the sample of each token where positions restart within a row, else None.
+
+    The library's rule: without a mask and without a cache, row 0 of [4, B, S] position ids that
+    does not go up by one starts a new sample.
+    """
+    if attention_mask is not None or cache is not None or position_ids is None:
+        return None
+    if position_ids.ndim != 3 or position_ids.shape[0] != 4:
+        return None
+    starts = torch.ones_like(position_ids[0], dtype=torch.bool)
+    starts[:, 1:] = position_ids[0].diff(dim=-1) != 1
+    starts[0, 0] = False  # samples count from zero
+    return starts.flatten().cumsum(0).view_as(starts)
+
+
+def _mask_of_chunk(attention_mask, start, end, past):
+    """The mask for the new tokens from start to end, in whichever form the whole came."""
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask["full_attention"]
+    if attention_mask is None:  # also where the library left a causal mask out, whole as it was
+        return None
+    if attention_mask.ndim == 4:
+        return {"full_attention": attention_mask[:, :, start:end]}
+    return attention_mask[:, : past + end]
+
+
+def _attention_functions(backend):
+    """(nsa_attention, dense_attention) of a backend."""
+    if backend == "triton":
+        raise ValueError(
+            "nsa_backend is 'triton', but this version has no Triton kernels yet. Set it to "
+            "'reference' or 'auto'."
+        )
+    return nsa_attention, dense_attention
+
+
+def _refuse_foreign_attention(config):
+    implementation = config._attn_implementation or ""
+    if implementation.startswith(("vllm", "sglang", "paged|")):
+        raise ValueError(
+            f"attn_implementation is {implementation!r}, which would run its own dense attention "
+            "in place of VideoNSA's sparse one. Use 'sdpa', 'eager' or a flash attention (they "
+            "serve text and decoding), and generate() for serving."
+        )
+
+
+def _refuse_paged_cache(cache):
+    if "Paged" in type(cache).__name__:
+        raise ValueError(
+            f"a {type(cache).__name__} cannot hold images or videos of VideoNSA: continuous "
+            "batching serves text only. Use generate() for prompts with images or videos."
+        )
+
+
+if register_checkpoint_conversion_mapping is not None:
+    # Qwen2.5-VL's published checkpoints have `visual.*` and `model.*`; the library does not map
+    # the keys of remote code by itself.
+    register_checkpoint_conversion_mapping(
+        "VideoNSAForConditionalGeneration",
+        [
+            WeightRenaming(source_patterns=r"^visual", target_patterns="model.visual"),
+            WeightRenaming(
+                source_patterns=r"^model(?!\.(language_model|visual))",
+                target_patterns="model.language_model",
+            ),
+        ],
+        overwrite=True,
+    )
+
+VideoNSAForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

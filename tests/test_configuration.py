@@ -1,0 +1,79 @@
+"""The configuration: Qwen2.5-VL's own layouts are read, and nonsense is refused by name."""
+
+import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
+
+from videonsa.configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
+
+
+def test_defaults_are_the_7b_with_the_papers_branches():
+    text = VideoNSAConfig().text_config
+    assert (text.num_hidden_layers, text.hidden_size, text.intermediate_size) == (28, 3584, 18944)
+    assert (text.num_attention_heads, text.num_key_value_heads) == (28, 4)
+    assert text.rope_parameters["mrope_section"] == [16, 24, 24]
+    assert (text.nsa_block_size, text.nsa_num_selected_blocks, text.nsa_window_size) == (
+        64,
+        32,
+        256,
+    )
+    assert (text.nsa_gate_temperature, text.nsa_modalities) == (0.3, ["image", "video"])
+
+
+def test_engines_that_check_for_qwen_recognise_it():
+    config = VideoNSAConfig()
+    assert isinstance(config, Qwen2_5_VLConfig)
+    assert isinstance(config.text_config, Qwen2_5_VLTextConfig)
+    assert isinstance(config.text_config, VideoNSATextConfig)
+    assert (config.model_type, config.text_config.model_type) == ("videonsa", "videonsa_text")
+
+
+def test_a_flat_config_of_the_hub_is_read():
+    """The layout that Qwen2.5-VL's checkpoints were published with."""
+    config = VideoNSAConfig(
+        hidden_size=112,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        rope_theta=1000.0,
+        rope_scaling={"type": "mrope", "mrope_section": [2, 1, 1]},
+        vision_config={"depth": 3, "hidden_size": 16},
+        tie_word_embeddings=True,
+    )
+    assert config.text_config.hidden_size == 112
+    assert config.text_config.rope_parameters["mrope_section"] == [2, 1, 1]
+    assert config.text_config.rope_parameters["rope_theta"] == 1000.0
+    assert config.vision_config.depth == 3
+    assert config.tie_word_embeddings
+
+
+def test_fields_survive_a_round_trip(tmp_path):
+    VideoNSAConfig(text_config={"nsa_window_size": 77}).save_pretrained(tmp_path)
+    assert VideoNSAConfig.from_pretrained(tmp_path).text_config.nsa_window_size == 77
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"nsa_block_size": 0}, "nsa_block_size is 0; it must be at least 1"),
+        ({"nsa_window_size": 0}, "nsa_window_size is 0; it must be at least 1"),
+        ({"nsa_window_size": -4}, "nsa_window_size is -4"),
+        ({"nsa_num_local_blocks": 0}, "nsa_num_local_blocks is 0"),
+        ({"nsa_num_initial_blocks": 20, "nsa_num_local_blocks": 20}, "force 40 blocks, more than"),
+        ({"nsa_gate_temperature": 0.0}, "nsa_gate_temperature is 0.0; it must be positive"),
+        ({"nsa_backend": "flash"}, "nsa_backend holds 'flash'; choose from 'auto', 'triton'"),
+        ({"nsa_semantics": "released"}, "nsa_semantics holds 'released'; choose from 'paper'"),
+        ({"nsa_modalities": ["audio"]}, "nsa_modalities holds 'audio'"),
+        ({"nsa_modalities": []}, "nsa_modalities is empty"),
+        ({"num_key_value_heads": 5}, "must be a multiple of num_key_value_heads"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"use_sliding_window": True, "max_window_layers": 3}, "Set use_sliding_window to false"),
+    ],
+)
+def test_nonsense_is_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        VideoNSATextConfig(**fields)
+
+
+def test_a_wrong_type_is_refused_by_name():
+    with pytest.raises(StrictDataclassFieldValidationError, match="nsa_block_size"):
+        VideoNSATextConfig(nsa_block_size="64")

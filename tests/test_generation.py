@@ -1,0 +1,327 @@
+"""Every way to generate gives what one whole prefill, or the row alone, gives."""
+
+import copy
+
+import pytest
+import torch
+from tiny import VIDEO, Prompts, make_model, stock_twin
+from transformers import DynamicCache, StaticCache
+
+CLOSE = {"atol": 5e-5, "rtol": 1e-4}
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def prompts():
+    return Prompts()
+
+
+@pytest.fixture
+def rows(prompts):
+    """Text only; image, video, image; two videos of different sizes."""
+    return [
+        prompts.row(12),
+        prompts.row(2, ("image", 2, 3), 3, ("video", 3, 2, 2), 1, ("image", 1, 2), 4),
+        prompts.row(1, ("video", 2, 2, 4), 2, ("video", 5, 1, 3), 6),
+    ]
+
+
+def cache_of(outputs):
+    """Outputs name their cache `cache` from transformers 5.24 on."""
+    return outputs["cache"] if "cache" in outputs else outputs["past_key_values"]
+
+
+def as_input(cache):
+    """The keyword under which a cache is passed; the old one still works everywhere."""
+    return {"past_key_values": cache}
+
+
+def last_logits(model, inputs, **kwargs):
+    with torch.no_grad():
+        return model(**inputs, **kwargs).logits[:, -1]
+
+
+def generate(model, inputs, **options):
+    """(new tokens [B, n], the scores of each step)"""
+    outputs = model.generate(
+        **inputs, **GREEDY | options, return_dict_in_generate=True, output_logits=True
+    )
+    return outputs.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(outputs.logits, 1)
+
+
+def conversation(prompts, *turns):
+    """Rows of a growing conversation: after turn 1, after turns 1 and 2, ..."""
+    ids, media, grown = [], [], []
+    for turn_ids, turn_media in turns:
+        ids, media = [*ids, *turn_ids], [*media, *turn_media]
+        grown.append((ids, media))
+    return grown
+
+
+def test_rows_of_a_mixed_batch_generate_as_alone(model, prompts, rows):
+    tokens, logits = generate(model, prompts.batch(*rows))
+    for index, row in enumerate(rows):
+        alone_tokens, alone_logits = generate(model, prompts.batch(row))
+        assert torch.equal(tokens[index : index + 1], alone_tokens)
+        torch.testing.assert_close(logits[index : index + 1], alone_logits, **CLOSE)
+    stock_tokens, _ = generate(stock_twin(model), prompts.batch(rows[0]))
+    assert torch.equal(tokens[:1], stock_tokens)
+
+
+def test_decoding_equals_a_whole_prefill(model, prompts, rows):
+    inputs = prompts.batch(*rows)
+    tokens, logits = generate(model, inputs)
+    for step in range(tokens.shape[1]):
+        longer = dict(inputs)
+        longer["input_ids"] = torch.cat([inputs["input_ids"], tokens[:, :step]], dim=1)
+        ones = torch.ones_like(tokens[:, :step])
+        longer["attention_mask"] = torch.cat([inputs["attention_mask"], ones], dim=1)
+        longer["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], 0 * ones], dim=1)
+        torch.testing.assert_close(logits[:, step], last_logits(model, longer), **CLOSE)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["one", "padded"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
+        {"prefill_chunk_size": 1},
+        {"prefill_chunk_size": 7},
+        {"prefill_chunk_size": 7, "cache_implementation": "static"},
+        {"prefill_chunk_size": 500},
+    ],
+    ids=lambda o: "-".join(f"{v}" for v in o.values()),
+)
+def test_caches_and_chunks_generate_the_same(model, prompts, rows, options, padded):
+    inputs = prompts.batch(*rows) if padded else prompts.batch(rows[2])
+    expected_tokens, expected_logits = generate(model, inputs)
+    tokens, logits = generate(model, inputs, **options)
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logits, expected_logits, **CLOSE)
+
+
+def test_prompt_lookup_generates_the_same(model, prompts):
+    """Guesses from the prompt go through in one call, and wrong ones are cropped off the cache."""
+    ids, media = prompts.row(("video", 3, 2, 2), 6)
+    inputs = prompts.batch((ids + ids[-6:], media))
+    words_only = {"suppress_tokens": list(range(5))}
+    expected, _ = generate(model, inputs, **words_only)
+    actual, _ = generate(model, inputs, **words_only, prompt_lookup_num_tokens=3)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.gpu
+def test_an_offloaded_cache_generates_the_same(prompts, rows):
+    model = make_model().cuda()
+    inputs = prompts.batch(*rows, device="cuda")
+    expected, _ = generate(model, inputs)
+    assert torch.equal(generate(model, inputs, cache_implementation="offloaded")[0], expected)
+
+
+def test_beams_and_several_sequences_start_from_the_same_prompt(model, prompts, rows):
+    inputs = prompts.batch(*rows)
+    together = model.generate(**inputs, **GREEDY, num_beams=3)
+    start = inputs["input_ids"].shape[1]
+    for index, row in enumerate(rows):
+        own = prompts.batch(row)
+        alone = model.generate(**own, **GREEDY, num_beams=3)
+        assert torch.equal(alone[0, own["input_ids"].shape[1] :], together[index, start:])
+    several = model.generate(
+        **inputs, max_new_tokens=3, do_sample=True, top_k=1, num_return_sequences=2
+    )
+    greedy = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert torch.equal(several, greedy.repeat_interleave(2, dim=0))
+
+
+def test_a_text_turn_on_a_filled_cache(model, prompts):
+    first = prompts.row(3, ("video", 4, 2, 2), 4)
+    once, twice = conversation(prompts, first, prompts.row(6))
+    expected = last_logits(model, prompts.batch(twice))
+    with torch.no_grad():
+        cache = cache_of(model(**prompts.batch(once), use_cache=True))
+        new = {"input_ids": torch.tensor([twice[0][len(once[0]) :]])}
+        actual = model(**new, **as_input(cache)).logits[:, -1]
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("given", ["everything", "new media", "new tokens"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_second_video_turn_on_a_filled_cache(model, prompts, given, kind):
+    """`generate` goes on with the whole conversation, its new media, or its new tokens alone."""
+    config = model.config.text_config
+    cache = DynamicCache(config=config)
+    if kind == "static":
+        cache = StaticCache(config=config, max_cache_len=128)
+    first = prompts.row(3, ("video", 4, 2, 2), 4)
+    second_ids, second_media = prompts.row(2, ("video", 3, 1, 3), 1, ("image", 2, 2), 5)
+
+    inputs = prompts.batch(first)
+    answer, _ = generate(model, inputs, **as_input(cache), max_new_tokens=5)
+    # The last token of the answer is not in the cache yet.
+    ids = first[0] + answer[0].tolist()
+    whole = (ids + second_ids, first[1] + second_media)
+    expected_tokens, expected_logits = generate(model, prompts.batch(whole))
+
+    inputs = prompts.batch(whole)
+    if given != "everything":
+        new = prompts.batch((second_ids, second_media))
+        inputs |= {k: v for k, v in new.items() if "grid" in k or "pixel" in k}
+        inputs["second_per_grid_ts"] = new["second_per_grid_ts"]
+    if given == "new tokens":
+        cached = len(ids) - 1
+        inputs["input_ids"] = inputs["input_ids"][:, cached:]
+        inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"][:, cached:]
+    tokens, logits = generate(model, inputs, **as_input(cache))
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logits, expected_logits, **CLOSE)
+
+
+def test_a_second_video_turn_of_a_padded_batch(model, prompts):
+    firsts = [prompts.row(3, ("video", 4, 2, 2), 4), prompts.row(2, ("image", 2, 2), 1)]
+    seconds = [prompts.row(2), prompts.row(1, ("video", 3, 2, 2), 3)]
+    inputs = prompts.batch(*firsts)
+    cache = DynamicCache(config=model.config.text_config)
+    answers, _ = generate(model, inputs, **as_input(cache), max_new_tokens=3)
+
+    wholes = []
+    for first, second, answer in zip(firsts, seconds, answers.tolist(), strict=True):
+        wholes.append((first[0] + answer + second[0], first[1] + second[1]))
+    new = prompts.batch(*seconds)
+    ids = torch.cat([inputs["input_ids"], answers, new["input_ids"]], dim=1)
+    mask = torch.cat(
+        [inputs["attention_mask"], torch.ones_like(answers), new["attention_mask"]], dim=1
+    )
+    media = {k: v for k, v in prompts.batch(*wholes).items() if "grid" in k or "pixel" in k}
+    media["second_per_grid_ts"] = torch.ones(2)
+    # The left-padded second turns stand in the middle of the rows.
+    tokens, _ = generate(
+        model, {"input_ids": ids, "attention_mask": mask, **media}, **as_input(cache)
+    )
+    for index, whole in enumerate(wholes):
+        alone, _ = generate(model, prompts.batch(whole))
+        assert torch.equal(tokens[index : index + 1], alone)
+
+
+def test_two_conversations_alternate_on_one_model(model, prompts):
+    starts = [prompts.row(3, ("video", n, 2, 2), 4) for n in (4, 6)]
+    turns = [prompts.row(5), prompts.row(2, ("video", 2, 2, 2), 3)]
+    caches, histories = [], []
+    for start in starts:
+        cache = DynamicCache(config=model.config.text_config)
+        answer, _ = generate(model, prompts.batch(start), **as_input(cache), max_new_tokens=3)
+        caches.append(cache)
+        histories.append((start[0] + answer[0].tolist(), start[1]))
+    for turn in turns:
+        for index, cache in enumerate(caches):
+            ids, media = histories[index]
+            whole = (ids + turn[0], media + turn[1])
+            expected, _ = generate(model, prompts.batch(whole), max_new_tokens=3)
+            actual, _ = generate(model, prompts.batch(whole), **as_input(cache), max_new_tokens=3)
+            assert torch.equal(actual, expected)
+            histories[index] = (whole[0] + actual[0].tolist(), whole[1])
+
+
+def test_a_copied_cache_serves_several_questions(model, prompts):
+    video = prompts.row(3, ("video", 4, 2, 2))
+    questions = [prompts.row(4), prompts.row(7), prompts.row(1, ("image", 2, 2), 3)]
+    with torch.no_grad():
+        prefix = cache_of(model(**prompts.batch(video), use_cache=True))
+    for question in questions:
+        _, whole = conversation(prompts, video, question)
+        inputs = prompts.batch(whole)
+        expected, _ = generate(model, inputs)
+        actual, _ = generate(model, inputs, **as_input(copy.deepcopy(prefix)))
+        assert torch.equal(actual, expected)
+
+
+def test_a_cropped_cache_goes_on_where_it_was_cut(model, prompts):
+    """Cut back to before the second video, then fed another one, then text token by token."""
+    first = prompts.row(3, ("video", 4, 2, 2), 4)
+    _, long = conversation(prompts, first, prompts.row(2, ("video", 5, 2, 2), 3))
+    with torch.no_grad():
+        cache = cache_of(model(**prompts.batch(long), use_cache=True))
+        cache.crop(len(first[0]) - len(long[0]))
+        for turn in (prompts.row(2, ("video", 2, 1, 4), 2), prompts.row(3)):
+            _, whole = conversation(prompts, first, turn)
+            expected = last_logits(model, prompts.batch(whole))
+            inputs = prompts.batch(turn)
+            del inputs["attention_mask"]
+            if turn[1]:
+                other = copy.deepcopy(cache)
+                actual = model(**inputs, **as_input(other)).logits[:, -1]
+            else:
+                for token in turn[0]:
+                    step = {"input_ids": torch.tensor([[token]])}
+                    actual = model(**step, **as_input(cache)).logits[:, -1]
+            torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+def test_a_prompt_fed_by_hand_in_chunks(model, prompts):
+    """Chunks that cut a video: the caller gives the positions, the cache keeps the rest."""
+    row = prompts.row(3, ("video", 6, 2, 2), 5)
+    inputs = prompts.batch(row)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        positions, _ = model.model.get_rope_index(
+            inputs["input_ids"],
+            video_grid_thw=inputs["video_grid_thw"],
+            second_per_grid_ts=inputs["second_per_grid_ts"],
+        )
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        features = model.get_video_features(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+        ).pooler_output
+        embeds[inputs["input_ids"] == VIDEO] = torch.cat(features)
+        for size in (5, 16):
+            cache, parts = DynamicCache(config=model.config.text_config), []
+            for start in range(0, embeds.shape[1], size):
+                end = min(start + size, embeds.shape[1])
+                outputs = model(
+                    inputs_embeds=embeds[:, start:end],
+                    mm_token_type_ids=inputs["mm_token_type_ids"][:, start:end],
+                    position_ids=positions[:, :, start:end],
+                    **as_input(cache),
+                )
+                parts.append(outputs.logits)
+            torch.testing.assert_close(torch.cat(parts, dim=1), expected, **CLOSE)
+            # The last chunk was text; the state knows where the next token stands.
+            follow = {"input_ids": torch.tensor([[9]])}
+            after = model(**follow, **as_input(cache)).logits[:, -1]
+            longer = prompts.batch(([*row[0], 9], row[1]))
+            torch.testing.assert_close(after, last_logits(model, longer), **CLOSE)
+
+
+def test_a_generated_placeholder_is_text(model, prompts):
+    """An id alone does not make a token vision: nothing was shown for it."""
+    row = prompts.row(3, ("video", 4, 2, 2), 4)
+    with torch.no_grad():
+        cache = cache_of(model(**prompts.batch(row), use_cache=True))
+        new = torch.tensor([[7, VIDEO, VIDEO, 9]])
+        together = model(input_ids=new, **as_input(copy.deepcopy(cache))).logits[:, -1]
+        for token in new[0]:
+            alone = model(input_ids=token.view(1, 1), **as_input(cache)).logits[:, -1]
+    torch.testing.assert_close(together, alone, **CLOSE)
+
+
+def test_media_that_fit_neither_part_are_refused(model, prompts):
+    first = prompts.row(3, ("video", 4, 2, 2), 4)
+    _, whole = conversation(prompts, first, prompts.row(2, ("video", 3, 2, 2), 3))
+    with torch.no_grad():
+        cache = cache_of(model(**prompts.batch(first), use_cache=True))
+    inputs = prompts.batch(whole)
+    other = prompts.batch(prompts.row(("video", 3, 2, 2), ("video", 5, 2, 2)))
+    inputs |= {k: v for k, v in other.items() if "grid" in k or "pixel" in k}
+    with pytest.raises(ValueError, match="the videos given have 32 tokens"):
+        model.generate(**inputs, **as_input(cache), **GREEDY)
+
+
+def test_chunks_without_a_cache_are_refused(model, prompts, rows):
+    with pytest.raises(ValueError, match="without a cache"):
+        model.generate(**prompts.batch(rows[1]), **GREEDY, prefill_chunk_size=4, use_cache=False)

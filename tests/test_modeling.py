@@ -1,0 +1,392 @@
+"""The model: equal to Qwen2.5-VL where it should be, sparse where it should be, and stateless."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import GROUPS, IMAGE, VIDEO, Prompts, make_model, stock_twin
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLAttention,
+    apply_rotary_pos_emb,
+)
+
+from videonsa.modeling_videonsa import make_plan
+from videonsa.nsa_reference import nsa_attention
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def prompts():
+    return Prompts()
+
+
+def logits(model, inputs, **kwargs):
+    with torch.no_grad():
+        return model(**inputs, **kwargs).logits
+
+
+# Text is Qwen2.5-VL
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
+def test_text_only_equals_stock_bit_for_bit(heads, kv_heads, prompts):
+    model = make_model(heads, kv_heads)
+    stock = stock_twin(model)
+    inputs = prompts.batch(prompts.row(20), prompts.row(9))
+    assert torch.equal(logits(model, inputs), logits(stock, inputs))
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(**inputs, **options), stock.generate(**inputs, **options))
+
+
+def test_text_only_training_equals_stock_and_reaches_the_gates(prompts):
+    model = make_model().train()
+    stock = stock_twin(model).train()
+    inputs = prompts.batch(prompts.row(12))
+    losses = [m(**inputs, labels=inputs["input_ids"]).loss for m in (model, stock)]
+    assert torch.equal(*losses)
+    losses[0].backward()
+    gates = model.model.language_model.layers[0].self_attn.g_proj_1.weight
+    assert gates.grad is not None and not gates.grad.any()
+
+
+def attention_inputs(config, vision, seed=1):
+    torch.manual_seed(seed)
+    hidden = torch.randn(*vision.shape, config.hidden_size, dtype=torch.float64)
+    angles = torch.randn(*vision.shape, 8, dtype=torch.float64)
+    return hidden, (angles.cos(), angles.sin())
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 17])
+def test_text_rows_of_a_layer_equal_stock_and_vision_rows_the_specification(
+    length, heads, kv_heads
+):
+    model = make_model(heads, kv_heads, dtype=torch.float64)
+    attention = model.model.language_model.layers[0].self_attn
+    vision = torch.zeros(2, length + 6, dtype=torch.bool)
+    vision[0, 3 : 3 + length] = True
+    vision[1, 1 : 1 + length : 2] = True
+    hidden, rotary = attention_inputs(attention.config, vision)
+    with torch.no_grad():
+        actual, _ = attention(
+            hidden, position_embeddings=rotary, nsa_plan=make_plan(vision, vision.shape[1])
+        )
+        dense, _ = Qwen2_5_VLAttention.forward(attention, hidden, position_embeddings=rotary)
+    torch.testing.assert_close(actual[~vision], dense[~vision], atol=1e-12, rtol=0)
+
+    # The vision rows, from the layer's own projections, one sample after the other.
+    with torch.no_grad():
+        q, k, v = (
+            getattr(attention, name)(hidden).unflatten(-1, (-1, 8))
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
+        for row, mask in enumerate(vision):
+            cu = torch.tensor([0, int(mask.sum())], dtype=torch.int32)
+            gates = attention.gates(hidden[row, mask])
+            packed = (q[row, mask], k[row, mask], v[row, mask], gates, cu, cu)
+            o = nsa_attention(*packed, block_size=4, num_selected=2, window_size=5)
+            expected = attention.o_proj(o.flatten(1))
+            torch.testing.assert_close(actual[row, mask], expected, atol=1e-12, rtol=0)
+
+
+def test_gates_follow_the_published_layout(model):
+    """Two linear layers with an exact GELU, logits over 0.3, heads first and branches fastest."""
+    attention = model.model.language_model.layers[0].self_attn
+    x = torch.randn(3, attention.hidden_size)
+    inner = x @ attention.g_proj_1.weight.T + attention.g_proj_1.bias
+    inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+    flat = inner @ attention.g_proj_2.weight.T + attention.g_proj_2.bias
+    expected = torch.sigmoid(flat / 0.3).reshape(3, 14, 3)
+    torch.testing.assert_close(attention.gates(x), expected)
+
+
+# What a token can see
+
+
+def test_a_later_frame_changes_nothing_before_it(model, prompts):
+    ids, media = prompts.row(3, ("video", 6, 2, 2), 5)
+    before = logits(model, prompts.batch((ids, media)))
+    media[0][2][4 * 16 :] += 1.0  # frames 4 and 5
+    after = logits(model, prompts.batch((ids, media)))
+    first = ids.index(VIDEO) + 4 * 4
+    torch.testing.assert_close(before[:, :first], after[:, :first], atol=1e-6, rtol=0)
+    assert (before[:, first:] - after[:, first:]).abs().amax(-1).min() > 1e-3
+
+
+def test_every_block_and_open_gates_are_dense_attention_over_vision(prompts):
+    """Gates (0, 1, 0) and S * B >= N: the model is one whose vision rows see all vision."""
+    model = make_model(nsa_num_selected_blocks=16)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.gates = lambda x: torch.tensor([0.0, 1.0, 0.0]).expand(len(x), 14, 3)
+    ids, media = prompts.row(("video", 5, 2, 3), 4)  # no text before, so vision sees all it could
+    ids, media = ids[1:], media  # the start marker is text
+    stock = stock_twin(model)
+    inputs = prompts.batch((ids, media))
+    positions, _ = model.model.get_rope_index(
+        inputs["input_ids"],
+        video_grid_thw=inputs["video_grid_thw"],
+        second_per_grid_ts=inputs["second_per_grid_ts"],
+    )
+    expected = logits(stock, inputs, position_ids=positions)
+    torch.testing.assert_close(logits(model, inputs), expected, **CLOSE)
+
+
+def test_text_sees_the_vision_before_it(model, prompts):
+    ids, media = prompts.row(3, ("video", 2, 2, 2), 5)
+    before = logits(model, prompts.batch((ids, media)))
+    media[0][2][0] += 1.0
+    after = logits(model, prompts.batch((ids, media)))
+    assert (before - after)[:, -1].abs().max() > 1e-3
+
+
+def test_vision_does_not_see_text(model, prompts):
+    """Nor its position: what a frame becomes depends on frames alone."""
+    ids, media = prompts.row(3, ("video", 4, 2, 2), 5)
+    outputs = {}
+    for name, change in (("before", 0), ("after", 1)):
+        changed = [ids[0] + change, *ids[1:]]
+        outputs[name] = logits(model, prompts.batch((changed, media)))
+    vision = torch.tensor(ids) == VIDEO
+    assert torch.equal(outputs["before"][:, vision], outputs["after"][:, vision])
+    assert not torch.equal(outputs["before"][:, ~vision], outputs["after"][:, ~vision])
+
+
+def test_rows_and_padding_do_not_touch_each_other(model, prompts):
+    rows = [
+        prompts.row(12),
+        prompts.row(2, ("image", 2, 3), 3, ("video", 3, 2, 2), 1, ("image", 1, 2), 4),
+        prompts.row(1, ("video", 2, 2, 4), 2, ("video", 5, 1, 3), 6),
+    ]
+    together = logits(model, prompts.batch(*rows))
+    for index, row in enumerate(rows):
+        alone = logits(model, prompts.batch(row))
+        torch.testing.assert_close(together[index : index + 1, -alone.shape[1] :], alone, **CLOSE)
+    stock = logits(stock_twin(model), prompts.batch(rows[0]))
+    torch.testing.assert_close(together[:1, -12:], stock, **CLOSE)
+
+
+def test_right_padding_equals_left_padding(model, prompts):
+    row = prompts.row(2, ("video", 3, 2, 2), 4)
+    left = prompts.batch(row, prompts.row(30))
+    right = dict(left)
+    shift = 30 - len(row[0])
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        right[name] = left[name].clone()
+        right[name][0] = left[name][0].roll(-shift)
+    expected = logits(model, left)[0, shift:]
+    torch.testing.assert_close(logits(model, right)[0, :-shift], expected, **CLOSE)
+
+
+def test_only_the_named_modalities_are_sparse(prompts):
+    model = make_model(nsa_modalities=["video"])
+    inputs = prompts.batch(prompts.row(3, ("image", 4, 4), 5))
+    positions, _ = model.model.get_rope_index(
+        inputs["input_ids"], image_grid_thw=inputs["image_grid_thw"]
+    )
+    stock = logits(stock_twin(model), inputs, position_ids=positions)
+    torch.testing.assert_close(logits(model, inputs), stock, **CLOSE)
+    both = make_model()
+    assert (logits(both, inputs) - stock).abs().max() > 1e-3
+
+
+def test_packed_samples_equal_separate_ones(model, prompts):
+    rows = [prompts.row(2, ("video", 3, 2, 2), 3), prompts.row(6), prompts.row(("image", 2, 3), 4)]
+    separate = [logits(model, prompts.batch(row)) for row in rows]
+    positions = []
+    for row in rows:
+        inputs = prompts.batch(row)
+        media = {k: v for k, v in inputs.items() if "grid" in k}
+        own, _ = model.model.get_rope_index(inputs["input_ids"], **media)
+        positions.append(torch.cat([torch.arange(own.shape[2])[None, None], own]))
+    ids = [token for ids, _ in rows for token in ids]
+    packed = prompts.batch((ids, [medium for _, media in rows for medium in media]))
+    del packed["attention_mask"]
+    actual = logits(model, packed, position_ids=torch.cat(positions, dim=2), use_cache=False)
+    torch.testing.assert_close(actual, torch.cat(separate, dim=1), **CLOSE)
+
+
+# Positions
+
+
+def golden(time, height, width, step, text_before=0):
+    """(t, h, w) positions of a video, then four of text, by the rule of Qwen2.5-VL's paper."""
+    t, h, w = (int(i * step) for i in range(time)), range(height), range(width)
+    cells = [(a, b, c) for a in t for b in h for c in w]
+    last = max(max(cell) for cell in cells) + 1
+    cells += [(last + i,) * 3 for i in range(4)]
+    return torch.tensor(cells).T + text_before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "step"), [(2.0, 4), (1.0, 2), (0.5, 1), (1 / 3, 2 / 3), (0.25, 0.5)]
+)
+def test_positions_of_text_after_a_video(model, seconds, step):
+    """Text starts after the video's time; 4 fps (0.5 s a grid step) is not cut to zero."""
+    ids = torch.tensor([[7, 8] + [VIDEO] * 8 * 4 + [9] * 4])
+    positions, deltas = model.model.get_rope_index(
+        ids, video_grid_thw=torch.tensor([[8, 4, 4]]), second_per_grid_ts=torch.tensor([seconds])
+    )
+    assert positions[:, 0, :2].tolist() == [[0, 1]] * 3
+    assert torch.equal(positions[:, 0, 2:], golden(8, 2, 2, step, text_before=2))
+    assert deltas.tolist() == [[int(positions.max()) + 1 - ids.shape[1]]]
+
+
+def test_the_golden_positions_of_an_eight_step_video(model):
+    """Three words, a grid of 8x4x4 patches at 2 s a step, four words, as transformers 4.57 does."""
+    ids = torch.tensor([[7, 8, 9] + [VIDEO] * 32 + [9] * 4])
+    positions, deltas = model.model.get_rope_index(
+        ids, video_grid_thw=torch.tensor([[8, 4, 4]]), second_per_grid_ts=[2.0]
+    )
+    assert positions[0, 0, 31:].tolist() == [31, 31, 31, 31, 32, 33, 34, 35]
+    assert deltas.tolist() == [[-3]]
+
+
+def test_positions_of_a_wide_image_and_of_neighbouring_videos(model):
+    ids = torch.tensor([[IMAGE] * 10 + [5] + [VIDEO] * 2 + [VIDEO] * 3])
+    positions, _ = model.model.get_rope_index(
+        ids,
+        image_grid_thw=torch.tensor([[1, 2, 20]]),
+        video_grid_thw=torch.tensor([[2, 2, 2], [3, 2, 2]]),
+        second_per_grid_ts=[1.0, 0.5],
+    )
+    assert positions[:, 0, :11].amax(0).tolist() == [*range(10), 10]
+    assert positions[0, 0, 11:].tolist() == [11, 13, 14, 15, 16]
+
+
+def test_padding_does_not_shift_positions(model, prompts):
+    rows = [prompts.row(2, ("video", 3, 2, 2), 3), prompts.row(30)]
+    inputs = prompts.batch(*rows)
+    media = {k: inputs[k] for k in ("video_grid_thw", "second_per_grid_ts")}
+    padded, _ = model.model.get_rope_index(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], **media
+    )
+    alone, _ = model.model.get_rope_index(torch.tensor([rows[0][0]]), **media)
+    assert torch.equal(padded[:, :1, -alone.shape[2] :], alone)
+    assert torch.equal(padded[0, 1], torch.arange(30))
+
+
+def test_a_placeholder_without_a_grid_is_named(model):
+    with pytest.raises(ValueError, match="hold 4 tokens with id 2 that no grid accounts for"):
+        model.model.get_rope_index(torch.tensor([[5, VIDEO, VIDEO, VIDEO, VIDEO]]))
+
+
+# Training
+
+
+def test_gradients_reach_every_branch_and_survive_checkpointing(prompts):
+    inputs = prompts.batch(prompts.row(3, ("video", 6, 2, 2), 5), prompts.row(8))
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None, name
+        assert torch.equal(gradient, gradients[1][name]), name
+    last = gradients[0]["model.language_model.layers.1.self_attn.g_proj_2.bias"].view(14, 3)
+    assert (last.abs().sum(0) > 0).all()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert gradients[0][f"model.language_model.layers.0.self_attn.{name}.weight"].any()
+
+
+def test_a_forward_after_generate_does_not_remember_it(prompts):
+    rows = [prompts.row(2, ("video", n + 2, 2, 2), 3) for n in range(4)]
+    used, fresh = make_model(), make_model()
+    used.generate(**prompts.batch(*rows), max_new_tokens=3, do_sample=False)
+    text, vision = prompts.batch(prompts.row(7), prompts.row(5)), prompts.batch(*rows[1:3])
+    for inputs in (vision, text):
+        outputs = [m(**inputs, labels=inputs["input_ids"]) for m in (used, fresh)]
+        assert torch.equal(outputs[0].loss, outputs[1].loss)
+        assert torch.equal(outputs[0].logits, outputs[1].logits)
+
+
+# Embeddings instead of ids
+
+
+def test_embeddings_with_types_equal_ids(model, prompts):
+    inputs = prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5))
+    expected = logits(model, inputs)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        features = model.get_video_features(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+        ).pooler_output
+        embeds[inputs["input_ids"] == VIDEO] = torch.cat(features)
+    positions, _ = model.model.get_rope_index(
+        inputs["input_ids"],
+        video_grid_thw=inputs["video_grid_thw"],
+        second_per_grid_ts=inputs["second_per_grid_ts"],
+    )
+    actual = logits(
+        model,
+        {"inputs_embeds": embeds, "mm_token_type_ids": inputs["mm_token_type_ids"]},
+        position_ids=positions,
+    )
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+def test_missing_token_types_change_nothing(model, prompts):
+    inputs = prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5))
+    expected = logits(model, inputs)
+    del inputs["mm_token_type_ids"]
+    assert torch.equal(logits(model, inputs), expected)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang", "paged|sdpa"])
+def test_an_implementation_that_would_replace_the_attention_is_refused(name):
+    model = make_model()
+    model.model.language_model.config._attn_implementation_internal = name
+    inputs = Prompts().batch(Prompts().row(2, ("video", 2, 2, 2), 3))
+    with pytest.raises(ValueError, match="in place of VideoNSA's sparse one"):
+        model(**inputs)
+
+
+def test_a_backend_that_is_not_there_is_refused(prompts):
+    model = make_model(nsa_backend="triton")
+    with pytest.raises(ValueError, match="no Triton kernels yet"):
+        model(**prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5)))
+
+
+def test_a_sharded_sequence_is_refused(model, prompts):
+    """A hook that hands each rank its part of the sequence, as context parallelism does."""
+    shard = model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            tuple(x[:, :10] for x in args),
+            {**kwargs, "position_embeddings": [x[:, :10] for x in kwargs["position_embeddings"]]},
+        ),
+        with_kwargs=True,
+    )
+    try:
+        with pytest.raises(ValueError, match="cut the sequence into shards"):
+            model(**prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5)))
+    finally:
+        shard.remove()
+
+
+def test_a_paged_cache_with_vision_is_refused(model, prompts):
+    class PagedAttentionCache(SimpleNamespace):
+        def get_seq_length(self):
+            return 0
+
+    inputs = prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5))
+    with pytest.raises(ValueError, match="continuous batching serves text only"):
+        model(**inputs, past_key_values=PagedAttentionCache())
+
+
+def test_a_mask_of_another_length_is_refused(model, prompts):
+    inputs = prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5))
+    inputs["attention_mask"] = inputs["attention_mask"][:, :-2]
+    with pytest.raises(ValueError, match="attention_mask covers 24 tokens"):
+        model(**inputs)
