@@ -248,7 +248,7 @@ def test_a_cropped_cache_goes_on_where_it_was_cut(model, prompts):
     with torch.no_grad():
         cache = cache_of(model(**prompts.batch(long), use_cache=True))
         cache.crop(len(first[0]) - len(long[0]))
-        for turn in (prompts.row(2, ("video", 2, 1, 4), 2), prompts.row(3)):
+        for turn in (prompts.row(2, ("video", 2, 1, 4), 2), prompts.row(9)):
             _, whole = conversation(prompts, first, turn)
             expected = last_logits(model, prompts.batch(whole))
             inputs = prompts.batch(turn)
