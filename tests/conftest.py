@@ -2,12 +2,16 @@
 
 import os
 import sys
+import tempfile
 import types
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no test downloads
+# Before transformers reads them: no test downloads, and none leaves code in the user's cache.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+modules_cache = tempfile.TemporaryDirectory(prefix="videonsa-modules-")
+os.environ["HF_MODULES_CACHE"] = modules_cache.name
 
 ROOT = Path(__file__).parents[1]
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from tiny import GROUPS, IMAGE, VIDEO, Prompts, make_model, stock_twin
@@ -307,6 +308,15 @@ def test_a_forward_after_generate_does_not_remember_it(prompts):
         outputs = [m(**inputs, labels=inputs["input_ids"]) for m in (used, fresh)]
         assert torch.equal(outputs[0].loss, outputs[1].loss)
         assert torch.equal(outputs[0].logits, outputs[1].logits)
+
+
+def test_offloaded_layers_give_the_same(prompts, tmp_path):
+    """Accelerate's hooks carry the plan to each layer's device."""
+    model = make_model()
+    inputs = prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5))
+    expected = logits(model, inputs)
+    offloaded = accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    assert torch.equal(logits(offloaded, inputs), expected)
 
 
 # Embeddings instead of ids
