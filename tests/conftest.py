@@ -7,6 +7,10 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU
 
 # Before transformers reads them: no test downloads, and none leaves code in the user's cache.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,8 +25,6 @@ sys.modules["videonsa"] = package
 
 
 def pytest_collection_modifyitems(items):
-    import torch
-
     if torch.cuda.is_available():
         return
     for item in items:

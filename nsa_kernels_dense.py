@@ -1,0 +1,221 @@
+"""Dense causal attention in Triton for a few queries at given positions: the text rows.
+
+A few queries cannot fill a GPU, so the keys of each tile of queries are split over programs, and
+the float32 partial results are merged. Order: forward, merge, dq, dk and dv, launchers, public.
+"""
+
+import torch
+
+from .nsa_kernels_primitives import (
+    TILE_ROWS,
+    check_inputs,
+    dkv_step,
+    dot,
+    dq_step,
+    empty_softmax,
+    heads_of,
+    load_keys,
+    load_queries,
+    load_rows,
+    locate,
+    packed_rows,
+    query_tile,
+    row_deltas,
+    scales,
+    softmax_step,
+    span,
+    stages,
+    store_rows,
+    store_softmax,
+    streams_of,
+    tile_of,
+    tl,
+    triton,
+)
+
+KEYS = 64  # per step
+DKV_ROWS = 32  # 64 rows would spill registers
+PROGRAMS = 528  # wanted at least: four for each multiprocessor of an H100
+
+
+@triton.jit
+def _share_of_keys(t, live, keys, split, num_splits, KEYS: tl.constexpr):
+    """First and last (excluded) of the keys that this program takes of those the tile sees."""
+    seen = tl.minimum(tl.max(tl.where(live, t, -1), 0) + 1, keys)
+    share = tl.cdiv(tl.cdiv(seen, KEYS), num_splits) * KEYS
+    return split * share, tl.minimum(seen, split * share + share)
+
+
+@triton.jit(do_not_specialize=["num_samples", "num_splits", "num_rows"])
+def _forward(
+    q_ptr, k_ptr, v_ptr, positions_ptr, o_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, num_samples,
+    num_splits, num_rows, scale,
+    H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    split, kv_head = tl.program_id(1), tl.program_id(2)
+    sample, first, count, _ = query_tile(tl.program_id(0), cu_q_ptr, cu_k_ptr, num_samples, QUERIES)
+    if count <= 0:
+        return
+    query, rows, live = packed_rows(first, count, kv_head, H, G, ROWS)
+    t = tl.load(positions_ptr + first + query, mask=live, other=-1)
+    q = load_rows(q_ptr, rows, live, D)
+    acc, row_max, row_sum = empty_softmax(ROWS, D)
+    start, keys = span(sample, cu_k_ptr)
+    begin, end = _share_of_keys(t, live, keys, split, num_splits, KEYS)
+    for j in range(begin, end, KEYS):
+        key = j + tl.arange(0, KEYS)
+        k, v = load_keys(k_ptr, v_ptr, start + key, key < end, kv_head, K, D)
+        s = dot(q, tl.trans(k)) * scale
+        visible = (key[None, :] <= t[:, None]) & (key < end)[None, :]
+        s = tl.where(visible, s, float("-inf"))
+        acc, row_max, row_sum = softmax_step(s, v, acc, row_max, row_sum)
+    rows += split.to(tl.int64) * num_rows
+    store_softmax(o_ptr, lse_ptr, rows, live, acc, row_max, row_sum, D)
+
+
+@triton.jit(do_not_specialize=["num_splits", "num_rows"])
+def _merge(
+    parts_ptr, part_lse_ptr, o_ptr, lse_ptr, num_splits, num_rows,
+    D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = rows < num_rows
+    acc, row_max, row_sum = empty_softmax(ROWS, D)
+    for _ in range(num_splits):
+        lse = tl.load(part_lse_ptr + rows, mask=live, other=float("inf"))
+        lse = tl.where(lse == float("inf"), float("-inf"), lse)  # this part saw no key
+        new_max = tl.maximum(row_max, lse)
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale, p = tl.exp2(row_max - finite_max), tl.exp2(lse - finite_max)
+        acc = acc * rescale[:, None] + load_rows(parts_ptr, rows, live, D) * p[:, None]
+        row_max, row_sum = new_max, row_sum * rescale + p
+        parts_ptr += num_rows.to(tl.int64) * D
+        part_lse_ptr += num_rows
+    store_softmax(o_ptr, lse_ptr, rows, live, acc, row_max, row_sum, D)
+
+
+@triton.jit(do_not_specialize=["num_samples", "num_splits", "num_rows"])
+def _dq(
+    q_ptr, k_ptr, v_ptr, positions_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr,
+    num_samples, num_splits, num_rows, scale, dq_scale,
+    H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    split, kv_head = tl.program_id(1), tl.program_id(2)
+    sample, first, count, _ = query_tile(tl.program_id(0), cu_q_ptr, cu_k_ptr, num_samples, QUERIES)
+    if count <= 0:
+        return
+    query, rows, live = packed_rows(first, count, kv_head, H, G, ROWS)
+    t = tl.load(positions_ptr + first + query, mask=live, other=-1)
+    q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
+    dq = tl.zeros([ROWS, D], tl.float32)
+    start, keys = span(sample, cu_k_ptr)
+    begin, end = _share_of_keys(t, live, keys, split, num_splits, KEYS)
+    for j in range(begin, end, KEYS):
+        key = j + tl.arange(0, KEYS)
+        k, v = load_keys(k_ptr, v_ptr, start + key, key < end, kv_head, K, D)
+        visible = (key[None, :] <= t[:, None]) & (key < end)[None, :]
+        dq = dq_step(dq, q, k, v, do, lse, delta, visible, scale)
+    rows += split.to(tl.int64) * num_rows
+    store_rows(dq_ptr, rows, dq * dq_scale, live, D)
+
+
+@triton.jit(do_not_specialize=["num_samples"])
+def _dkv(
+    q_ptr, k_ptr, v_ptr, positions_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr,
+    cu_k_ptr, num_samples, scale, dk_scale,
+    H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(1)
+    sample, offset = locate(tl.program_id(0), cu_k_ptr, num_samples, KEYS)
+    start, keys = span(sample, cu_k_ptr)
+    if offset >= keys:
+        return
+    key = offset + tl.arange(0, KEYS)
+    k, v = load_keys(k_ptr, v_ptr, start + key, key < keys, kv_head, K, D)
+    dk = tl.zeros([KEYS, D], tl.float32)
+    dv = tl.zeros([KEYS, D], tl.float32)
+    first, queries = span(sample, cu_q_ptr)
+    for j in range(0, queries, QUERIES):
+        count = tl.minimum(QUERIES, queries - j)
+        query, rows, live = packed_rows(first + j, count, kv_head, H, G, ROWS)
+        t = tl.load(positions_ptr + first + j + query, mask=live, other=-1)
+        q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
+        visible = key[:, None] <= t[None, :]
+        dk, dv = dkv_step(dk, dv, q, k, v, do, lse, delta, visible, scale)
+    rows = (start + key).to(tl.int64) * K + kv_head
+    store_rows(dk_ptr, rows, dk * dk_scale, key < keys, D)
+    store_rows(dv_ptr, rows, dv, key < keys, D)
+
+
+def _sizes(q, k, rows, wanted_stages):
+    return dict(
+        KEYS=KEYS, **heads_of(q, k), **tile_of(q.shape[1] // k.shape[1], rows),
+        num_warps=4, num_stages=stages(q, wanted_stages),
+    )  # fmt: skip
+
+
+def _grid(sizes, k, at):
+    """Tiles of queries, splits of their keys, key/value heads."""
+    tiles = at.query_tiles(sizes["QUERIES"])
+    splits = triton.cdiv(PROGRAMS, tiles * k.shape[1])
+    return tiles, min(splits, triton.cdiv(at.keys, 4 * KEYS)), k.shape[1]
+
+
+class _DenseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, positions, at, scale):
+        sizes = _sizes(q, k, TILE_ROWS, 3)
+        grid = _grid(sizes, k, at)
+        splits, rows = grid[1], q.shape[0] * q.shape[1]
+        o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        parts, part_lse = o, lse
+        if splits > 1:
+            parts = q.new_empty(splits, *q.shape, dtype=torch.float32)
+            part_lse = q.new_empty(splits, *q.shape[:2], dtype=torch.float32)
+        with torch.cuda.device_of(q):
+            _forward[grid](
+                q, k, v, positions, parts, part_lse, *at.arguments, splits, rows,
+                scales(q, scale)[1], **sizes,
+            )  # fmt: skip
+            if splits > 1:
+                _merge[(triton.cdiv(rows, 16),)](
+                    parts, part_lse, o, lse, splits, rows, D=q.shape[2], ROWS=16
+                )
+        ctx.save_for_backward(q, k, v, positions, o, lse)
+        ctx.at, ctx.scale = at, scale
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, k, v, positions, o, lse = ctx.saved_tensors
+        at, (score_scale, scale) = ctx.at, scales(q, ctx.scale)
+        do = do.contiguous()
+        inputs = (q, k, v, positions, do, lse, row_deltas(do, o))
+        sizes = _sizes(q, k, TILE_ROWS, 2)
+        grid = _grid(sizes, k, at)
+        splits, rows = grid[1], q.shape[0] * q.shape[1]
+        dq = q.new_empty(splits, *q.shape, dtype=torch.float32)
+        _dq[grid](*inputs, dq, *at.arguments, splits, rows, scale, score_scale, **sizes)
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        _dkv[(at.key_blocks(KEYS), k.shape[1])](
+            *inputs, dk, dv, *at.arguments, scale, score_scale, **_sizes(q, k, DKV_ROWS, 2)
+        )
+        return dq.sum(0).to(q.dtype), dk, dv, None, None, None
+
+
+def dense_attention(q, k, v, positions, cu_q, cu_k, *, scale=None):
+    """Causal softmax attention of queries at given positions to all keys of their sample.
+
+    positions int [Tq]: where each query stands among its sample's keys; it sees the keys up to
+    and including that one. Returns o [Tq, H, D]. Differentiable in q, k, v.
+    """
+    check_inputs("dense_attention", q, k, v, head_dim=q.shape[2])
+    if not len(q):
+        return torch.zeros_like(q)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    positions = positions.to(q.device, torch.int32).contiguous()
+    return _DenseAttention.apply(q, k, v, positions, streams_of(q, k, cu_q, cu_k), scale)
