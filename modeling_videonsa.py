@@ -32,7 +32,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.utils import logging
 
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
-from .nsa_reference import dense_attention, nsa_attention
 
 try:
     from transformers.conversion_mapping import (
@@ -194,7 +193,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         """query [B, H, S, D], key and value [B, K, L, D]; returns [B, S, H, D], padding zero."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         config = self.config
-        sparse, dense = _attention_functions(config.nsa_backend)
+        sparse, dense = _attention_functions(config.nsa_backend, query.device)
         output = torch.zeros_like(query)
         output[plan.vision_queries] = sparse(
             query[plan.vision_queries],
@@ -676,13 +675,12 @@ def _mask_of_chunk(attention_mask, start, end, past):
     return attention_mask[:, : past + end]
 
 
-def _attention_functions(backend):
-    """(nsa_attention, dense_attention) of a backend."""
-    if backend == "triton":
-        raise ValueError(
-            "nsa_backend is 'triton', but this version has no Triton kernels yet. Set it to "
-            "'reference' or 'auto'."
-        )
+def _attention_functions(backend, device):
+    """(nsa_attention, dense_attention) of a backend; "auto" is Triton on a CUDA device."""
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        from .nsa_kernels import dense_attention, nsa_attention
+    else:
+        from .nsa_reference import dense_attention, nsa_attention
     return nsa_attention, dense_attention
 
 

@@ -363,12 +363,6 @@ def test_an_implementation_that_would_replace_the_attention_is_refused(name):
         model(**inputs)
 
 
-def test_a_backend_that_is_not_there_is_refused(prompts):
-    model = make_model(nsa_backend="triton")
-    with pytest.raises(ValueError, match="no Triton kernels yet"):
-        model(**prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5)))
-
-
 def test_a_sharded_sequence_is_refused(model, prompts):
     """A hook that hands each rank its part of the sequence, as context parallelism does."""
     shard = model.model.language_model.layers[0].register_forward_pre_hook(
