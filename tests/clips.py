@@ -1,0 +1,259 @@
+"""Video files for the tests, made with PyAV: every frame tells its own number and its way up.
+
+`frame_image(n, height, width)` paints frame n: red over a row of ten bars over blue at the left,
+green over the bars over grey at the right; the bars are n in binary, high bit first, white for 1.
+`number_in` and `is_upright` read it back from a frame of any size.
+"""
+
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+RED, GREEN, BLUE, GREY = (224, 32, 32), (32, 192, 32), (32, 32, 224), (128, 128, 128)
+BARS = 10
+
+
+def frame_image(number, height, width):
+    """Frame `number` as uint8 [height, width, 3]; at least 12 x 20 pixels, number below 1,024."""
+    image = np.zeros((height, width, 3), np.uint8)
+    third, half = height // 3, width // 2
+    image[:third, :half], image[:third, half:] = RED, GREEN
+    image[-third:, :half], image[-third:, half:] = BLUE, GREY
+    for bar in range(BARS):
+        if number >> (BARS - 1 - bar) & 1:
+            image[third:-third, round(bar * width / BARS) : round((bar + 1) * width / BARS)] = 255
+    return image
+
+
+def number_in(frame):
+    """The number painted into an upright frame [height, width, 3] with values up to 255."""
+    frame = np.asarray(frame)
+    height, width = frame.shape[:2]
+    middles = [int((bar + 0.5) * width / BARS) for bar in range(BARS)]
+    return int("".join(str(int(frame[height // 2, x].mean() > 128)) for x in middles), 2)
+
+
+def is_upright(frame):
+    """True when the red corner is at the top left and the blue one at the bottom left."""
+    frame = np.asarray(frame)
+    height, width = frame.shape[:2]
+    top, bottom = frame[height // 6, width // 4], frame[height - 1 - height // 6, width // 4]
+    return bool(top.argmax() == 0 and bottom.argmax() == 2)
+
+
+def on_screen(times, second):
+    """The index of the frame shown `second` seconds after the first; `times` start anywhere."""
+    since_start = np.asarray(times, float) - times[0]
+    return max(int(np.searchsorted(since_start, second + 1e-3, side="right")) - 1, 0)
+
+
+def write_clip(
+    path,
+    count,
+    height=96,
+    width=160,
+    *,
+    codec="libx264",
+    rate=10,
+    times_ms=None,
+    pixels="yuv420p",
+    options=None,
+    container=None,
+    paint=frame_image,
+    late=0,
+    sound=0,
+    sound_first=False,
+):
+    """Writes frames 0 to count - 1 and returns the path.
+
+    times_ms: each frame's time in milliseconds, instead of the constant `rate`.
+    late: seconds that every packet is moved by.  sound: seconds of a tone beside the picture.
+    container: options of the file format.
+    """
+    path = Path(path)
+    with av.open(str(path), "w", options=container or {}) as file:
+        tone = file.add_stream("aac", rate=16000, layout="mono") if sound and sound_first else None
+        stream = file.add_stream(codec, rate=rate, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = height, width, pixels
+        if sound and not sound_first:
+            tone = file.add_stream("aac", rate=16000, layout="mono")
+        tick = Fraction(1, 1000) if times_ms else Fraction(1, rate)
+        stream.codec_context.time_base = tick
+
+        def write(packets):
+            for packet in packets:
+                if late:
+                    ticks = round(late / packet.time_base)
+                    packet.pts, packet.dts = packet.pts + ticks, packet.dts + ticks
+                file.mux(packet)
+
+        for number in range(count):
+            frame = av.VideoFrame.from_ndarray(paint(number, height, width), format="rgb24")
+            frame.pts, frame.time_base = (times_ms[number] if times_ms else number), tick
+            write(stream.encode(frame))
+        write(stream.encode())
+        if tone:
+            for start in range(0, int(sound * 16000), 1024):
+                wave = np.sin(0.2 * np.arange(start, start + 1024, dtype=np.float32))[None]
+                samples = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+                samples.sample_rate, samples.pts = 16000, start
+                file.mux(tone.encode(samples))
+            file.mux(tone.encode())
+    return path
+
+
+def turned_quarter(folder):
+    """An upright 160 x 96 (height x width) picture stored lying on its side, as phones do."""
+    path = write_clip(
+        folder / "turned.mp4", 20, paint=lambda n, h, w: np.rot90(frame_image(n, w, h)).copy()
+    )
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44  # 3 x 3 of big-endian fixed-point numbers
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
+def no_frame_count(folder, suffix):
+    """50 frames, 5 s; the header of .mkv and .webm has neither their number nor a duration."""
+    codec = "libvpx-vp9" if suffix == ".webm" else "libx264"
+    return write_clip(folder / f"count{suffix}", 50, codec=codec)
+
+
+CHANGING_RATE_MS = [33 * i for i in range(60)] + [2000 + 200 * i for i in range(20)]
+
+
+def changing_rate(folder):
+    """60 frames in 2 s, then 20 in 4 s: frame i is shown at CHANGING_RATE_MS[i]."""
+    return write_clip(
+        folder / "rate.mp4",
+        80,
+        rate=30,
+        times_ms=CHANGING_RATE_MS,
+        options={"bf": "0"},
+        container={"video_track_timescale": "1000"},
+    )
+
+
+def one_frame(folder):
+    return write_clip(folder / "one.mp4", 1)
+
+
+def cut_short(folder):
+    """10 s that lost the last 40 % of the bytes; the index at its front still promises all."""
+    whole = write_clip(
+        folder / "whole.mp4",
+        100,
+        options={"g": "25", "crf": "10"},
+        container={"movflags": "faststart"},
+    )
+    data = whole.read_bytes()
+    path = folder / "cut.mp4"
+    path.write_bytes(data[: len(data) * 6 // 10])
+    return path
+
+
+def with_a_hole(folder, name, start, end):
+    """10 s whose bytes between two fractions of the file are zeros; its index is whole."""
+    path = write_clip(
+        folder / name,
+        100,
+        options={"g": "25", "crf": "10"},
+        container={"movflags": "faststart"},
+    )
+    data = bytearray(path.read_bytes())
+    start, end = int(start * len(data)), int(end * len(data))
+    data[start:end] = bytes(end - start)
+    path.write_bytes(data)
+    return path
+
+
+def boastful_header(folder):
+    """An AVI of 40 frames at 10 a second whose header promises 444."""
+    path = write_clip(folder / "boast.avi", 40, codec="mjpeg", pixels="yuvj420p")
+    data = bytearray(path.read_bytes())
+    for chunk, field in ((b"avih", 16), (b"strh", 32)):
+        at = data.index(chunk) + 8 + field
+        data[at : at + 4] = struct.pack("<I", 444)
+    path.write_bytes(data)
+    return path
+
+
+def long_sound(folder, suffix=".mp4"):
+    """10 s of sound beside 4 s of picture, the sound as the first stream."""
+    return write_clip(folder / f"sound{suffix}", 40, sound=10, sound_first=True)
+
+
+def late_start(folder, suffix):
+    """6 s whose first frame is stamped 5 s."""
+    return write_clip(folder / f"late{suffix}", 60, late=5, options={"g": "20", "bf": "2"})
+
+
+def ten_bit(folder):
+    return write_clip(
+        folder / "ten.mp4",
+        20,
+        codec="libx265",
+        pixels="yuv420p10le",
+        options={"x265-params": "log-level=none"},
+    )
+
+
+def shuffled_stamps(folder):
+    """An AVI with B-frames: it decodes in order, but its time stamps are not in order."""
+    return write_clip(
+        folder / "shuffled.avi", 60, options={"bf": "3", "g": "20", "b_strategy": "0"}
+    )
+
+
+def odd_size(folder):
+    """241 x 427 pixels."""
+    return write_clip(folder / "odd.webm", 20, 241, 427, codec="libvpx-vp9")
+
+
+def sound_only(folder):
+    path = folder / "sound.m4a"
+    with av.open(str(path), "w") as file:
+        tone = file.add_stream("aac", rate=16000, layout="mono")
+        for start in range(0, 16000, 1024):
+            samples = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+            )
+            samples.sample_rate, samples.pts = 16000, start
+            file.mux(tone.encode(samples))
+        file.mux(tone.encode())
+    return path
+
+
+def cover_first(folder):
+    """An MP4 whose first video stream is its cover picture (white, 64 x 64)."""
+    path = folder / "cover.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 96, 160, "yuv420p"
+        cover = file.add_stream("mjpeg", rate=1)
+        cover.height, cover.width, cover.pix_fmt = 64, 64, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        for number in range(20):
+            image = frame_image(number, 96, 160)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode())
+        white = np.full((64, 64, 3), 255, np.uint8)
+        file.mux(cover.encode(av.VideoFrame.from_ndarray(white, format="rgb24")))
+        file.mux(cover.encode())
+    data = path.read_bytes()
+    moov = next(box for box in _boxes(data, 0, len(data)) if box[0] == b"moov")
+    inner = [(kind, data[start:end]) for kind, start, end in _boxes(data, moov[1] + 8, moov[2])]
+    inner.sort(key=lambda box: box[0] != b"udta")  # the cover's box before the tracks
+    path.write_bytes(data[: moov[1] + 8] + b"".join(body for _, body in inner) + data[moov[2] :])
+    return path
+
+
+def _boxes(data, start, end):
+    while start < end:
+        size, kind = struct.unpack(">I4s", data[start : start + 8])
+        yield kind, start, start + size
+        start += size

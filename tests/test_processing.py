@@ -1,0 +1,393 @@
+"""The budget resolver, and what the processor makes of messages, arrays and frames."""
+
+import copy
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from qwen_vl_utils import process_vision_info
+from test_video_reading import ROOT, frames_of
+from transformers import AutoProcessor, AutoVideoProcessor, Qwen2_5_VLProcessor
+from transformers.utils import logging
+
+from videonsa.processing_videonsa import (
+    VideoNSAProcessor,
+    VideoNSAVideoProcessor,
+    VideoPlan,
+    plan_video,
+)
+
+import clips
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """5 s at 10 frames a second, 96 x 160 pixels."""
+    return str(clips.write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", 50))
+
+
+@pytest.fixture(autouse=True)
+def fresh_notices():
+    logging.warning_once.cache_clear()
+
+
+def message(*parts, text="What is shown?"):
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def take(processor, messages, **kwargs):
+    return processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=kwargs
+    )
+
+
+def numbers(processor, out, video=0):
+    return [clips.number_in(frame) for frame in frames_of(processor, out, video)]
+
+
+def painted(count, height=56, width=84):
+    return np.stack([clips.frame_image(n, height, width) for n in range(count)])
+
+
+PLANS = [
+    # duration, frames, height, width, settings, (frames, height, width, tokens, why)
+    (412, 12360, 241, 427, {"max_pixels": 50176}, (768, 168, 280, 23040, "frame cap")),
+    (412, 12360, 241, 427, {"max_pixels": 50176, "max_frames": 9999}, (824, 168, 280, 24720, "")),
+    (5, 50, 96, 160, {}, (10, 252, 420, 675, "")),
+    (5, 50, 96, 160, {"max_pixels": 12544}, (10, 84, 140, 75, "")),
+    (4.999, 50, 96, 160, {"max_pixels": 12544}, (10, 84, 140, 75, "")),
+    (0.1, 1, 96, 160, {"max_pixels": 12544}, (1, 84, 140, 15, "")),
+    (1, 25, 96, 160, {"max_pixels": 12544}, (4, 84, 140, 30, "minimum")),
+    (0.3, 3, 96, 160, {"max_pixels": 12544}, (2, 84, 140, 15, "minimum")),
+    (10, 100, 96, 160, {"max_pixels": 12544, "fps": 30}, (100, 84, 140, 750, "all there are")),
+    (5, 50, 96, 160, {"max_pixels": 12544, "num_frames": 7}, (8, 84, 140, 60, "")),
+    (5, 50, 96, 160, {"max_pixels": 12544, "num_frames": 80}, (50, 84, 140, 375, "all there are")),
+    (5, 50, 96, 160, {"max_pixels": 12544, "max_tokens": 44}, (4, 84, 140, 30, "token budget")),
+    (5, 50, 96, 160, {"size": (100, 150)}, (10, 112, 140, 100, "")),
+    (5, 50, 96, 160, {"max_pixels": 1}, (10, 28, 28, 5, "")),
+    (5, 50, 96, 160, {"max_pixels": 12544, "max_frames": 1}, (2, 84, 140, 15, "frame cap")),
+    (5, 50, 56, 84, {"sample": False}, (50, 280, 392, 3500, "")),
+    (3600, 90000, 1080, 1920, {"total_pixels": 36000 * 784, "max_pixels": 50176},
+     (768, 168, 280, 23040, "frame cap")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PLANS, ids=lambda case: str(case[4]))
+def test_plans(case):
+    *video, settings, expected = case
+    plan = plan_video(*video, **settings)
+    assert (plan.frames, plan.height, plan.width, plan.tokens, plan.frames_reason) == expected
+    assert plan.tokens == -(-plan.frames // 2) * plan.height * plan.width // 784
+
+
+def test_a_plan_says_what_it_chose_and_why():
+    plan = plan_video(412, 12360, 241, 427, max_pixels=50176)
+    line = "412 s at 2 fps = 768 of 824 frames (frame cap), 168x280, 23,040 tokens"
+    assert plan.describe() == line
+    assert plan_video(5, 50, 96, 160, max_pixels=12544).describe() == (
+        "5 s at 2 fps = 10 frames, 84x140, 75 tokens"
+    )
+    assert plan_video(5, 50, 96, 160, num_frames=80, max_pixels=12544).describe() == (
+        "5 s = 50 of 80 frames (all there are), 84x140, 375 tokens"
+    )
+    assert plan_video(0.04, 1, 96, 160, max_pixels=12544).describe() == (
+        "0.04 s at 2 fps = 1 frame, 84x140, 15 tokens"
+    )
+
+
+def test_total_pixels_shrink_frames_and_then_give_some_up(caplog):
+    whole = plan_video(100, 2500, 1080, 1920)
+    assert (whole.frames, whole.height * whole.width <= 768 * 784) == (200, True)
+    budget = 20000 * 784
+    shrunk = plan_video(100, 2500, 1080, 1920, total_pixels=budget)
+    assert shrunk.frames == 200 and 17000 < shrunk.tokens <= 20000
+    assert "(total pixels)" in shrunk.describe() and not caplog.text
+    least = plan_video(100, 2500, 1080, 1920, total_pixels=budget // 2)
+    assert least.frames < 200 and least.tokens <= 10000
+    assert "frames (total pixels)" in least.describe() and "taking" in caplog.text
+
+
+def test_a_token_budget_gives_up_frames_and_keeps_their_size():
+    whole = plan_video(100, 2500, 240, 320)
+    part = plan_video(100, 2500, 240, 320, max_tokens=whole.tokens // 2)
+    assert part.frames == whole.frames // 2
+    assert (part.height, part.width) == (whole.height, whole.width)
+    assert part.seconds[1] == 2 * whole.seconds[1]
+
+
+@pytest.mark.parametrize("settings", [{"max_tokens": 14}, {"total_pixels": 14 * 784}])
+def test_a_budget_below_two_frames_is_refused_with_what_would_fit(settings):
+    limits = {"max_pixels": 12544, "min_pixels": 12544}
+    with pytest.raises(ValueError, match=r"84x140 .* 15 tokens.*\(14\): allow 15.*to 10,976"):
+        plan_video(5, 50, 96, 160, **limits, **settings)
+    assert plan_video(5, 50, 96, 160, **{**limits, "max_pixels": 10976}, **settings).tokens <= 14
+
+
+@pytest.mark.parametrize(
+    "settings", [{"fps": 0}, {"fps": -1.0}, {"num_frames": 0}, {"fps": None, "num_frames": -2}]
+)
+def test_senseless_requests_are_refused(settings):
+    with pytest.raises(ValueError, match=r"must be"):
+        plan_video(5, 50, 96, 160, **settings)
+    with pytest.raises(ValueError, match="200 times"):
+        plan_video(5, 50, 10, 2010)
+
+
+def test_the_defaults_are_those_of_qwen_vl_utils():
+    video_processor = VideoNSAVideoProcessor()
+    assert (video_processor.fps, video_processor.min_frames, video_processor.max_frames) == (
+        2.0,
+        4,
+        768,
+    )
+    assert (video_processor.min_pixels, video_processor.max_pixels) == (128 * 784, 768 * 784)
+    assert video_processor.total_pixels == int(128000 * 784 * 0.9)
+
+
+def test_a_message_sets_its_own_video(processor, clip):
+    part = {"type": "video", "video": clip}
+    out = take(processor, message(part, {**part, "fps": 4.0, "max_pixels": 56 * 84}))
+    assert out["video_grid_thw"].tolist() == [[5, 6, 10], [10, 2, 6]]
+    assert out["second_per_grid_ts"].tolist() == [1.0, 0.5]
+    assert numbers(processor, out) == list(range(0, 50, 5))
+    out = take(processor, message({**part, "nframes": 4}), fps=1.0)
+    assert numbers(processor, out) == [0, 12, 25, 37]
+    assert out["second_per_grid_ts"].tolist() == [2.5]
+    out = take(processor, message({**part, "max_tokens": 44, "total_pixels": None}))
+    assert out["video_grid_thw"].tolist() == [[2, 6, 10]]
+    out = take(processor, message({**part, "total_pixels": 5 * 4 * 784, "min_pixels": 784}))
+    assert out["video_grid_thw"].tolist() == [[5, 2, 4]]
+    out = take(processor, message({"type": "video", "path": clip, "resized_height": 56,
+                                   "resized_width": 56}))  # fmt: skip
+    assert out["video_grid_thw"].tolist() == [[5, 4, 4]]
+
+
+def test_settings_of_the_call_hold_for_every_video(processor, clip):
+    part = {"type": "video", "video": clip}
+    out = take(processor, message(part), fps=1.0, min_frames=2)
+    assert numbers(processor, out) == [0, 12, 25, 37]
+    out = take(processor, message(part), num_frames=2)
+    assert numbers(processor, out) == [0, 25]
+    out = take(processor, message(part), max_pixels=56 * 56)
+    assert out["video_grid_thw"].tolist() == [[5, 2, 4]]
+    out = take(processor, message(part), size={"shortest_edge": 784, "longest_edge": 56 * 56})
+    assert out["video_grid_thw"].tolist() == [[5, 2, 4]]
+    with pytest.raises(ValueError, match="fps and num_frames exclude each other"):
+        take(processor, message({**part, "fps": 1.0, "nframes": 4}))
+
+
+def test_messages_are_left_as_they_were(processor, clip):
+    messages = message({"type": "video", "video": clip, "fps": 1.0})
+    before = copy.deepcopy(messages)
+    take(processor, messages)
+    processor.plan_videos(messages, max_tokens=30)
+    assert messages == before
+
+
+def test_a_batch_of_conversations(processor, clip):
+    part = {"type": "video", "video": clip}
+    image = {"type": "image", "image": Image.fromarray(clips.frame_image(3, 56, 84))}
+    rows = [message(), message(image, part, image), message({**part, "fps": 1.0}, part)]
+    out = take(processor, rows, padding=True)
+    assert out["video_grid_thw"].tolist() == [[5, 6, 10], [2, 6, 10], [5, 6, 10]]
+    tokens = (out["input_ids"] == processor.video_token_id).sum(-1)
+    assert tokens.tolist() == [0, 75, 30 + 75]
+    alone = take(processor, rows[2])
+    torch.testing.assert_close(alone["pixel_values_videos"], out["pixel_values_videos"][300:])
+
+
+@pytest.mark.parametrize("kind", ["pil", "paths", "arrays"])
+def test_a_list_of_frames(processor, tmp_path, kind, caplog):
+    frames = painted(6)
+    if kind == "arrays":
+        given = list(frames)
+    else:
+        given = [Image.fromarray(frame) for frame in frames]
+    if kind == "paths":
+        for n, frame in enumerate(given):
+            frame.save(tmp_path / f"{n}.png")
+        given = [str(tmp_path / "0.png"), *(f"file://{tmp_path}/{n}.png" for n in range(1, 6))]
+    out = take(processor, message({"type": "video", "video": given, "fps": 1.0}))
+    assert numbers(processor, out) == list(range(6))
+    assert out["second_per_grid_ts"].tolist() == [2.0]
+    assert "taking them for 2 a second" not in caplog.text
+    out = take(processor, message({"type": "video", "video": given}))
+    assert out["second_per_grid_ts"].tolist() == [1.0]
+    assert "taking them for 2 a second" in caplog.text
+
+
+def test_frames_of_different_sizes_are_refused(processor):
+    frames = [Image.new("RGB", (84, 56)), Image.new("RGB", (56, 56))]
+    with pytest.raises(ValueError, match=r"must have one size, not \[\(56, 56, 3\), "):
+        take(processor, message({"type": "video", "video": frames}))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_channels_last_arrays_of_four_frames(processor, kind):
+    video = painted(4)
+    assert video.shape == (4, 56, 84, 3)
+    metadata = {"total_num_frames": 40, "fps": 10, "frames_indices": [0, 10, 20, 30]}
+    text = take_text(processor)
+    first = processor(
+        text=text,
+        videos=[kind(np.ascontiguousarray(video.transpose(0, 3, 1, 2)))],
+        video_metadata=metadata,
+        return_tensors="pt",
+    )
+    last = processor(text=text, videos=[kind(video)], video_metadata=metadata, return_tensors="pt")
+    assert last["video_grid_thw"].tolist() == [[2, 4, 6]]
+    assert numbers(processor, last) == [0, 1, 2, 3]
+    assert last["second_per_grid_ts"].tolist() == [2.0]
+    for key in first:
+        assert torch.equal(first[key], last[key])
+
+
+def take_text(processor, videos=1):
+    parts = [{"type": "video"} for _ in range(videos)]
+    return processor.apply_chat_template(message(*parts), add_generation_prompt=True)
+
+
+def test_arrays_are_sampled_only_when_asked(processor):
+    video, text = painted(50), take_text(processor)
+    metadata = {"total_num_frames": 50, "fps": 10.0}
+    out = processor(text=text, videos=[video], video_metadata=[metadata], return_tensors="pt")
+    assert numbers(processor, out) == list(range(50))
+    assert out["second_per_grid_ts"].tolist() == pytest.approx([0.2])
+    out = processor(
+        text=text,
+        videos=[video],
+        video_metadata=[metadata],
+        do_sample_frames=True,
+        fps=2.0,
+        return_tensors="pt",
+    )
+    assert numbers(processor, out) == list(range(0, 50, 5))
+    assert out["second_per_grid_ts"].tolist() == [1.0]
+    out = processor(text=text, videos=[video], max_tokens=60, fps=10.0, return_tensors="pt")
+    assert numbers(processor, out) == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27, 30, 32, 35, 37,
+                                       40, 42, 45, 47]  # fmt: skip
+    assert out["second_per_grid_ts"].tolist() == pytest.approx([0.5])
+
+
+def test_metadata_that_do_not_fit_are_refused(processor):
+    video, text = painted(4), take_text(processor)
+    with pytest.raises(ValueError, match="counts 3 frames .* but 4 were"):
+        metadata = {"total_num_frames": 40, "fps": 10, "frames_indices": [0, 10, 20]}
+        processor(text=text, videos=[video], video_metadata=metadata)
+    with pytest.raises(ValueError, match="no fps"):
+        processor(text=text, videos=[video], video_metadata={"total_num_frames": 4})
+    with pytest.raises(ValueError, match="2 entries of video_metadata"):
+        processor(text=text, videos=[video], video_metadata=[{"total_num_frames": 4, "fps": 1}] * 2)
+    with pytest.raises(ValueError, match=r"57x84 pixels are not multiples of 28"):
+        processor(text=text, videos=[painted(4, 57)], fps=2.0, do_resize=False)
+
+
+def test_what_process_vision_info_gives(processor):
+    frames = [Image.fromarray(frame) for frame in painted(7)]
+    part = {"type": "video", "video": frames, "sample_fps": 4.0, "max_pixels": 56 * 84}
+    messages = message({**part, "min_pixels": 784})
+    images, videos, kwargs = process_vision_info(
+        messages, return_video_kwargs=True, return_video_metadata=True
+    )
+    videos, metadata = zip(*videos, strict=True)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    out = processor(
+        text=[text],
+        images=images,
+        videos=list(videos),
+        video_metadata=list(metadata),
+        do_resize=False,
+        return_tensors="pt",
+        **kwargs,
+    )
+    assert numbers(processor, out) == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert out["video_grid_thw"].tolist() == [[4, 4, 4]]  # qwen-vl-utils' size of such frames
+    assert out["second_per_grid_ts"].tolist() == [0.5]
+    # The form of Qwen2.5-VL's own README: a list of rates in place of the metadata.
+    images, videos, kwargs = process_vision_info(messages, return_video_kwargs=True)
+    assert kwargs["fps"] == [4.0]
+    old = processor(text=[text], images=images, videos=videos, return_tensors="pt", **kwargs)
+    for key in out:
+        assert torch.equal(old[key], out[key])
+
+
+def test_a_typed_placeholder_is_refused(processor, clip):
+    text = "What does <|video_pad|> mean in your prompt?"
+    with pytest.raises(ValueError, match=r"2 <\|video_pad\|> placeholders for 1 video: .*What doe"):
+        take(processor, message({"type": "video", "video": clip}, text=text))
+    image = Image.new("RGB", (56, 56))
+    with pytest.raises(ValueError, match=r"2 <\|image_pad\|> placeholders for 1 image: .*see <"):
+        take(processor, message({"type": "image", "image": image}, text="I see <|image_pad|>."))
+    with pytest.raises(ValueError, match=r"1 <\|video_pad\|> placeholder for 0 videos"):
+        processor(text=take_text(processor))
+    with pytest.raises(ValueError, match=r"1 <\|video_pad\|> placeholder for 2 videos"):
+        processor(text=take_text(processor), videos=[painted(2), painted(2)], fps=2.0)
+
+
+def test_a_plan_is_what_the_call_takes(processor, clip):
+    part = {"type": "video", "video": clip}
+    messages, plans = processor.plan_videos(message({**part, "fps": 4.0}, part))
+    assert [type(plan).__name__ for plan in plans] == [VideoPlan.__name__] * 2
+    assert [plan.tokens for plan in plans] == [150, 75]
+    assert take(processor, messages)["video_grid_thw"].tolist() == [[10, 6, 10], [5, 6, 10]]
+    messages, plans = processor.plan_videos(messages, max_tokens=100)
+    assert [plan.tokens for plan in plans] == [60, 30]
+    assert take(processor, messages)["video_grid_thw"].tolist() == [[4, 6, 10], [2, 6, 10]]
+    _, plans = processor.plan_videos(message(part), fps=1.0, min_frames=2)
+    assert plans[0].describe() == "5 s at 1 fps = 4 frames, 84x140, 30 tokens"
+    with pytest.raises(ValueError, match="token budget"):
+        processor.plan_videos(message(part, part), max_tokens=20)
+    assert processor.video_processor.plan(painted(6), fps=2.0).frames == 6
+
+
+def test_saved_and_loaded_again(processor, clip, tmp_path):
+    processor.video_processor.max_frames, before = 6, processor.video_processor.max_frames
+    processor.save_pretrained(tmp_path)
+    processor.video_processor.max_frames = before
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    assert saved["auto_map"]["AutoProcessor"] == "processing_videonsa.VideoNSAProcessor"
+    assert saved["video_processor"]["auto_map"]["AutoVideoProcessor"] == (
+        "processing_videonsa.VideoNSAVideoProcessor"
+    )
+    assert (tmp_path / "processing_videonsa.py").read_text() == (
+        ROOT / "processing_videonsa.py"
+    ).read_text()
+    again = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(again).__name__ == "VideoNSAProcessor" and isinstance(again, Qwen2_5_VLProcessor)
+    assert again.video_processor.max_frames == 6
+    out = take(again, message({"type": "video", "video": clip}))
+    assert numbers(again, out) == [0, 8, 16, 25, 33, 41]
+    alone = AutoVideoProcessor.from_pretrained(ROOT, trust_remote_code=True, max_pixels=56 * 84)
+    assert (type(alone).__name__, alone.max_pixels) == ("VideoNSAVideoProcessor", 56 * 84)
+
+
+def test_saved_without_having_been_loaded(processor, tmp_path):
+    """Classes that were imported, not loaded as remote code, save their code all the same."""
+    made = VideoNSAProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        VideoNSAVideoProcessor(fps=4.0, min_pixels=784, max_pixels=12544),
+        chat_template=processor.chat_template,
+    )
+    made.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(again).__name__ == "VideoNSAProcessor"
+    assert (again.video_processor.fps, again.video_processor.max_pixels) == (4.0, 12544)
+
+
+def test_bound_videos_survive_a_worker_process(processor, clip):
+    messages, _ = processor.plan_videos(message({"type": "video", "video": clip}), max_tokens=30)
+    bound = messages[0]["content"][0]["video"]
+    module = sys.modules[type(bound).__module__]
+    assert isinstance(bound, module._Video)
+    again = pickle.loads(pickle.dumps(bound))
+    assert (again, again.settings) == (clip, {"max_tokens": 30})

@@ -1,0 +1,384 @@
+"""Video files as users have them: the frames that come out are those on screen at their times."""
+
+import http.server
+import threading
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor
+from transformers.utils import logging
+
+from videonsa.processing_videonsa import Remeasure, VideoFile
+
+import clips
+
+ROOT = Path(__file__).parents[1]
+TENTHS = [i / 10 for i in range(1000)]  # times of a clip at 10 frames a second
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_notices():
+    logging.warning_once.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("clips")
+
+
+def frames_of(processor, out, video=0):
+    """The frames back from the patches of one video: uint8 [frames, height, width, 3]."""
+    grids = out["video_grid_thw"]
+    start = int(grids[:video].prod(-1).sum())
+    t, h, w = grids[video].tolist()
+    patches = out["pixel_values_videos"][start : start + t * h * w]
+    patches = patches.view(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14).permute(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    frames = patches.reshape(t * 2, h * 14, w * 14, 3)
+    mean = torch.tensor(processor.video_processor.image_mean)
+    std = torch.tensor(processor.video_processor.image_std)
+    return ((frames * std + mean) * 255).round().clamp(0, 255).byte().numpy()
+
+
+def read(processor, video, **settings):
+    """(frames, metadata, all outputs) of one video through a message with these settings."""
+    part = {"type": "video", "video": str(video), **settings}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is shown?"}]}]
+    out = processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"return_metadata": True},
+    )
+    frames, metadata = frames_of(processor, out), out["video_metadata"][0]
+    assert (out["input_ids"] == processor.video_token_id).sum() == out["video_grid_thw"].prod() // 4
+    return frames[: len(metadata.frames_indices)], metadata, out
+
+
+def check(frames, metadata, times, duration):
+    """Each frame is on screen at its time, and the times reach from start to end."""
+    numbers = [clips.number_in(frame) for frame in frames]
+    shown = [clips.on_screen(times, second) for second in metadata.timestamps]
+    assert len(numbers) == len(shown)
+    assert max(abs(a - b) for a, b in zip(numbers, shown, strict=True)) <= 1
+    assert numbers[0] == 0 and metadata.timestamps[0] == 0
+    interval = duration / len(numbers)
+    assert metadata.timestamps[-1] == pytest.approx(duration - interval, abs=0.1)
+    assert metadata.duration == pytest.approx(duration)
+    return numbers
+
+
+def test_a_clip_is_sampled_evenly(processor, folder):
+    path = clips.write_clip(folder / "plain.mp4", 50)
+    frames, metadata, out = read(processor, path, fps=2)
+    assert check(frames, metadata, TENTHS, 5) == [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]
+    assert (metadata.fps, metadata.total_num_frames) == (10, 50)
+    assert out["second_per_grid_ts"].tolist() == [1.0]
+    assert all(map(clips.is_upright, frames))
+
+
+def test_a_turned_video_comes_upright(processor, folder):
+    frames, _, out = read(processor, clips.turned_quarter(folder), fps=2)
+    assert all(map(clips.is_upright, frames))
+    assert out["video_grid_thw"].tolist() == [[2, 10, 6]]  # 140x84 of 160x96
+    assert [clips.number_in(frame) for frame in frames] == [0, 5, 10, 15]
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".webm"])
+def test_a_header_without_a_count(processor, folder, suffix):
+    frames, metadata, _ = read(processor, clips.no_frame_count(folder, suffix), fps=2)
+    assert check(frames, metadata, TENTHS, 5) == list(range(0, 50, 5))
+
+
+def test_a_changing_rate(processor, folder):
+    path, times = clips.changing_rate(folder), [ms / 1000 for ms in clips.CHANGING_RATE_MS]
+    frames, metadata, out = read(processor, path, fps=1)
+    assert check(frames, metadata, times, 6) == [0, 30, 60, 65, 70, 75]
+    assert metadata.timestamps == pytest.approx([0, 1, 2, 3, 4, 5])
+    assert out["second_per_grid_ts"].tolist() == [2.0]
+    check(*read(processor, path, fps=2)[:2], times, 6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"fps": 30}, {"num_frames": 8}, {"min_frames": 16}])
+def test_one_frame(processor, folder, settings):
+    frames, metadata, out = read(processor, clips.one_frame(folder), **settings)
+    assert out["video_grid_thw"][0, 0] == 1
+    assert (len(frames), metadata.total_num_frames, metadata.frames_indices) == (1, 1, [0])
+    assert out["second_per_grid_ts"].isfinite().all()
+
+
+def test_an_empty_file_is_refused(processor, folder):
+    (folder / "empty.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty\.mp4 is empty \(0 bytes\)"):
+        read(processor, folder / "empty.mp4")
+
+
+def test_a_cut_file_is_refused_quickly(processor, folder):
+    path, start = clips.cut_short(folder), time.monotonic()
+    with pytest.raises(ValueError, match=r"cut\.mp4 should last 10\.0 s .* first [23]\.\d s"):
+        read(processor, path)
+    assert time.monotonic() - start < 10
+
+
+def test_a_cut_file_without_index_is_refused(processor, folder):
+    whole = clips.write_clip(folder / "whole.webm", 60, codec="libvpx-vp9")
+    (folder / "part.webm").write_bytes(whole.read_bytes()[: whole.stat().st_size // 3])
+    with pytest.raises(ValueError, match=r"part\.webm should last 6\.0 s"):
+        read(processor, folder / "part.webm")
+    whole = clips.write_clip(folder / "plain.mp4", 50)
+    (folder / "part.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"part\.mp4 cannot be opened"):
+        read(processor, folder / "part.mp4")
+
+
+def test_lost_pictures_are_never_replaced_by_others(processor, folder):
+    with pytest.raises(ValueError, match=r"end\.mp4 can be read only up to [3-7]\.\d s of 10\.0 s"):
+        read(processor, clips.with_a_hole(folder, "end.mp4", 0.7, 1.0))
+    with pytest.raises(ValueError, match=r"start\.mp4 is damaged: its first [3-7]\.\d s cannot"):
+        read(processor, clips.with_a_hole(folder, "start.mp4", 0.4, 0.7))
+    path = clips.with_a_hole(folder, "middle.mp4", 0.5, 0.6)
+    with pytest.raises(ValueError, match=r"middle\.mp4 is damaged around [12]\.\d s"):
+        read(processor, path)
+    frames, metadata, _ = read(processor, path, video_end=1.2)  # what comes before is whole
+    assert [clips.number_in(frame) for frame in frames] == [0, 3, 6, 9]
+
+
+def test_a_header_that_promises_too_much(processor, folder, caplog):
+    frames, metadata, _ = read(processor, clips.boastful_header(folder), fps=2)
+    assert check(frames, metadata, TENTHS, 4) == list(range(0, 40, 5))
+    assert "boast.avi should last 44.4 s by its header, but only the first 4.0 s" in caplog.text
+
+
+def test_a_wrong_count_is_mended_by_decoding(folder):
+    with VideoFile(str(clips.write_clip(folder / "raw.h264", 60))) as file:
+        file.frames, file.duration = 80, 8.0
+        with pytest.raises(Remeasure):
+            list(file.frames_at([0, 7.5]))
+        assert (file.frames, file.duration) == (60, pytest.approx(6))
+
+
+def test_other_files_are_refused(processor, folder):
+    with pytest.raises(ValueError, match=r"sound\.m4a has no picture track \(tracks: audio\)"):
+        read(processor, clips.sound_only(folder))
+    (folder / "notes.mp4").write_text("no video at all " * 100)
+    with pytest.raises(ValueError, match=r"notes\.mp4 cannot be opened as a video .*ffmpeg -i"):
+        read(processor, folder / "notes.mp4")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.mp4"):
+        read(processor, folder / "nowhere.mp4")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_sound_that_outlasts_the_picture(processor, folder, suffix):
+    frames, metadata, _ = read(processor, clips.long_sound(folder, suffix), fps=2)
+    assert check(frames, metadata, TENTHS, 4) == [0, 5, 10, 15, 20, 25, 30, 35]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_late_start(processor, folder, suffix):
+    frames, metadata, _ = read(processor, clips.late_start(folder, suffix), fps=1)
+    assert check(frames, metadata, TENTHS, 6) == [0, 10, 20, 30, 40, 50]
+
+
+def test_ten_bits(processor, folder):
+    frames, _, _ = read(processor, clips.ten_bit(folder))
+    for frame in frames:
+        assert np.abs(frame[8, 8].astype(int) - clips.RED).max() <= 6
+        assert np.abs(frame[-8, -8].astype(int) - clips.GREY).max() <= 6
+
+
+def test_shuffled_stamps(processor, folder, caplog):
+    frames, metadata, _ = read(processor, clips.shuffled_stamps(folder), fps=1)
+    assert check(frames, metadata, TENTHS, 6) == [0, 10, 20, 30, 40, 50]
+    assert "decoding the whole file from its start" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("max_pixels", "size", "tokens"), [(50176, (168, 280), 60), (602112, (252, 420), 135)]
+)
+def test_an_odd_size(processor, folder, max_pixels, size, tokens):
+    frames, _, out = read(processor, clips.odd_size(folder), max_pixels=max_pixels)
+    assert frames.shape[1:3] == size
+    assert out["video_grid_thw"].prod() // 4 == tokens * len(frames) // 2
+    assert [clips.number_in(frame) for frame in frames] == [0, 5, 10, 15]
+
+
+def test_the_cover_picture_is_not_the_video(processor, folder):
+    frames, metadata, _ = read(processor, clips.cover_first(folder), fps=2)
+    assert check(frames, metadata, TENTHS, 2) == [0, 5, 10, 15]
+
+
+LONG = 500
+FORMATS = {
+    "h264.mp4": {"options": {"g": "50", "bf": "3"}},
+    "h264.mkv": {"options": {"g": "50", "bf": "3", "x264-params": "open-gop=1"}},
+    "h264.ts": {"options": {"g": "50", "bf": "3"}},
+    "h264.flv": {"options": {"g": "50"}},
+    "fragments.mp4": {
+        "options": {"g": "50"},
+        "container": {"movflags": "frag_keyframe+empty_moov"},
+    },
+    "live.webm": {
+        "codec": "libvpx",
+        "options": {"g": "50", "deadline": "realtime", "cpu-used": "8"},
+        "container": {"live": "1"},
+    },
+    "vp9.webm": {
+        "codec": "libvpx-vp9",
+        "options": {"g": "50", "deadline": "realtime", "cpu-used": "8"},
+    },
+    "hevc.mkv": {
+        "codec": "libx265",
+        "options": {"preset": "ultrafast", "x265-params": "log-level=none:keyint=50:open-gop=1"},
+    },
+    "av1.mp4": {"codec": "libsvtav1", "options": {"g": "50", "preset": "13"}},
+    "mpeg2.ts": {"codec": "mpeg2video", "rate": 25, "options": {"g": "50", "bf": "2"}},
+    "wmv2.wmv": {"codec": "wmv2", "options": {"g": "50"}},
+    "prores.mov": {"codec": "prores_ks", "pixels": "yuv422p10le"},
+}
+IN_ORDER = {
+    "mpeg2.mpg": {"codec": "mpeg2video", "rate": 25},
+    "mpeg4.avi": {"codec": "mpeg4", "options": {"bf": "2", "g": "20"}},
+    "mjpeg.avi": {"codec": "mjpeg", "pixels": "yuvj420p"},
+    "raw.h264": {},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_seeking_gives_the_pictures_that_decoding_everything_gives(folder, name):
+    options = FORMATS[name]
+    path = clips.write_clip(folder / name, LONG, **options)
+    with av.open(str(path)) as plain:
+        whole = [frame.to_ndarray(format="rgb24") for frame in plain.decode(video=0)]
+    wanted = [0, 1, 7, 9, 177, 178, 239, 331, 402, 403, 499]
+    with VideoFile(str(path)) as file:
+        decoded = count_decoded(file)
+        assert (file.frames, file.in_order) == (LONG, False)
+        shown = list(file.frames_at([i / options.get("rate", 10) for i in wanted]))
+        for i, (_, frame) in zip(wanted, shown, strict=True):
+            assert np.array_equal(file.image(frame), whole[i])
+    assert len(decoded) < 0.8 * LONG
+
+
+@pytest.mark.parametrize("name", IN_ORDER)
+def test_what_cannot_be_sought_is_decoded_in_order_once(folder, name, caplog):
+    path = clips.write_clip(folder / name, 60, **IN_ORDER[name])
+    with VideoFile(str(path)) as file:
+        decoded = count_decoded(file)
+        assert (file.frames, file.in_order) == (60, True)
+        seconds = [i / file.rate for i in (0, 1, 20, 41, 59)]
+        numbers = [clips.number_in(file.image(frame)) for _, frame in file.frames_at(seconds)]
+        assert numbers == [0, 1, 20, 41, 59]
+    assert len(decoded) <= 60
+    assert name in caplog.text
+
+
+def count_decoded(file):
+    """A list that grows by one for every frame that `file` decodes from here on."""
+    seen, decode = [], file._decode
+
+    def counting():
+        for item in decode():
+            seen.append(item[0])
+            yield item
+
+    file._decode = counting
+    return seen
+
+
+def test_a_gif_and_an_odd_chroma(processor, folder):
+    path = clips.write_clip(folder / "a.gif", 30, codec="gif", pixels="rgb8")
+    frames, metadata, _ = read(processor, path, fps=2)
+    assert check(frames, metadata, TENTHS, 3) == [0, 5, 10, 15, 20, 25]
+    path = clips.write_clip(folder / "odd.mkv", 20, 143, 177, pixels="yuv444p")
+    frames, metadata, _ = read(processor, path, fps=2)
+    assert check(frames, metadata, TENTHS, 2) == [0, 5, 10, 15]
+
+
+def test_a_part_of_a_file(processor, folder):
+    path = clips.write_clip(folder / "plain.mp4", 50)
+    frames, metadata, out = read(processor, path, fps=2, video_start=1.0, video_end=4.0)
+    assert [clips.number_in(frame) for frame in frames] == [10, 15, 20, 25, 30, 35]
+    assert metadata.timestamps == pytest.approx([1, 1.5, 2, 2.5, 3, 3.5])
+    assert out["second_per_grid_ts"].tolist() == [1.0]
+    with pytest.raises(ValueError, match=r"leave nothing of plain\.mp4, which lasts 5\.0 s"):
+        read(processor, path, video_start=6.0)
+
+
+def test_every_frame_when_sampling_is_off(processor, folder):
+    path = clips.write_clip(folder / "plain.mp4", 50)
+    frames, metadata, out = read(processor, path, do_sample_frames=False)
+    assert [clips.number_in(frame) for frame in frames] == list(range(50))
+    assert out["second_per_grid_ts"].tolist() == pytest.approx([0.2])
+
+
+def test_frames_are_resized_as_the_parent_does(processor, folder):
+    path = clips.odd_size(folder)
+    frames, _, out = read(processor, path, max_pixels=50176)
+    with VideoFile(str(path)) as file:
+        whole = np.stack([file.image(frame) for _, frame in file.frames_at([0, 0.5, 1.0, 1.5])])
+    stock = super(type(processor.video_processor), processor.video_processor)
+    resized = stock._preprocess(
+        [torch.from_numpy(whole).permute(0, 3, 1, 2)],
+        do_resize=True,
+        size=type(processor.video_processor.size)(shortest_edge=784, longest_edge=50176),
+        resample=3,
+        do_convert_rgb=True,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=processor.video_processor.image_mean,
+        image_std=processor.video_processor.image_std,
+        patch_size=14,
+        temporal_patch_size=2,
+        merge_size=2,
+        cap_pixels_per_frame=False,
+    )
+    torch.testing.assert_close(out["pixel_values_videos"], resized["pixel_values_videos"])
+
+
+def test_a_url(processor, folder):
+    clips.write_clip(folder / "plain.mp4", 50)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}"
+        frames, metadata, _ = read(processor, f"{address}/plain.mp4", fps=2)
+        assert check(frames, metadata, TENTHS, 5) == list(range(0, 50, 5))
+        with pytest.raises(ValueError, match="404.*check the address"):
+            read(processor, f"{address}/nowhere.mp4")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_another_decoder_is_used_only_when_asked_for(processor, folder):
+    path = clips.write_clip(folder / "plain.mp4", 50)
+    with pytest.raises(ValueError, match="video_backend is 'opencv'; choose from pyav, torchcodec"):
+        read(processor, path, video_backend="opencv")
+    for backend in ("torchcodec", "decord"):
+        try:
+            __import__(backend)
+        except ImportError:
+            with pytest.raises(ImportError, match=backend):
+                read(processor, path, video_backend=backend)
+        else:
+            frames, metadata, _ = read(processor, path, fps=2, video_backend=backend)
+            assert [clips.number_in(frame) for frame in frames] == list(range(0, 50, 5))
+            assert metadata.timestamps == pytest.approx([i / 2 for i in range(10)])
