@@ -186,7 +186,13 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
                 "attention does not support. Turn context or sequence parallelism off."
             )
         gates = self.gates(hidden_states[nsa_plan.vision_queries])
-        output = self._attend(query, key, value, gates, nsa_plan)
+        device = query.device.type
+        # As torch's own attention does: one dtype for all, and softmax in float32 under autocast.
+        dtype = query.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            output = self._attend(*(x.to(dtype) for x in (query, key, value, gates)), nsa_plan)
         return self.o_proj(output.flatten(2)), None
 
     def _attend(self, query, key, value, gates, plan):

@@ -299,6 +299,32 @@ def test_gradients_reach_every_branch_and_survive_checkpointing(prompts):
         assert gradients[0][f"model.language_model.layers.0.self_attn.{name}.weight"].any()
 
 
+def test_autocast_trains_and_keeps_the_softmax_exact(prompts):
+    """float32 weights under bfloat16 autocast, as the Trainer's bf16=True runs them."""
+    inputs = prompts.batch(prompts.row(3, ("video", 6, 2, 2), 5))
+    model = make_model().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+    attention = model.model.language_model.layers[0].self_attn
+    vision = torch.arange(20)[None] % 4 > 0
+    hidden, rotary = (
+        x.float() if torch.is_tensor(x) else x for x in attention_inputs(attention.config, vision)
+    )
+    seen = {}
+    attention._attend = lambda *tensors: (
+        seen.update(
+            dtypes={x.dtype for x in tensors[:4]}, autocast=torch.is_autocast_enabled("cpu")
+        )
+        or torch.zeros(1, 20, 14, 8)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention(hidden, position_embeddings=rotary, nsa_plan=make_plan(vision, 20))
+    assert seen == {"dtypes": {torch.bfloat16}, "autocast": False}
+
+
 def test_a_forward_after_generate_does_not_remember_it(prompts):
     rows = [prompts.row(2, ("video", n + 2, 2, 2), 3) for n in range(4)]
     used, fresh = make_model(), make_model()
@@ -361,6 +387,29 @@ def test_an_implementation_that_would_replace_the_attention_is_refused(name):
     inputs = Prompts().batch(Prompts().row(2, ("video", 2, 2, 2), 3))
     with pytest.raises(ValueError, match="in place of VideoNSA's sparse one"):
         model(**inputs)
+
+
+@pytest.mark.gpu
+def test_the_triton_backend_equals_the_reference(prompts):
+    fields = {"head_dim": 16, "nsa_block_size": 8, "nsa_window_size": 12}
+    rows = [prompts.row(2, ("video", 5, 2, 3), 3, ("image", 2, 2), 4), prompts.row(7)]
+    inputs = prompts.batch(*rows, device="cuda")
+    results = []
+    for backend in ("reference", "triton"):
+        model = make_model(**fields, nsa_backend=backend).cuda().train()
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        results.append([loss.detach()] + [p.grad for p in model.parameters()])
+    for expected, actual in zip(*results, strict=True):
+        assert (actual - expected).norm() <= 1e-4 * expected.norm() + 1e-6
+
+
+def test_triton_on_a_cpu_is_refused(prompts, monkeypatch):
+    """The backend that was asked for runs, or nothing does."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = make_model(head_dim=16, nsa_block_size=8, nsa_backend="triton")
+    with pytest.raises(ValueError, match="the Triton kernels need a CUDA device"):
+        model(**prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5)))
 
 
 def test_a_sharded_sequence_is_refused(model, prompts):

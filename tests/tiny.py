@@ -13,11 +13,11 @@ PAD, IMAGE, VIDEO, VISION_START, VISION_END, FIRST_WORD = 0, 1, 2, 3, 4, 5
 GROUPS = [(4, 4), (14, 2), (16, 2), (16, 1)]  # G = 1, 7, 8, 16
 
 
-def config_fields(heads=14, kv_heads=2, **nsa):
+def config_fields(heads=14, kv_heads=2, head_dim=8, **nsa):
     """Fields of a tiny config; the sparse branches are sparse at a dozen tokens."""
     text = {
         "vocab_size": 64,
-        "hidden_size": heads * 8,
+        "hidden_size": heads * head_dim,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": heads,
@@ -27,7 +27,7 @@ def config_fields(heads=14, kv_heads=2, **nsa):
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 1000.0,
-            "mrope_section": [2, 1, 1],
+            "mrope_section": [head_dim // 4, head_dim // 8, head_dim // 8],
         },
         "bos_token_id": None,
         "eos_token_id": None,
@@ -39,7 +39,7 @@ def config_fields(heads=14, kv_heads=2, **nsa):
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_heads": 2,
-        "out_hidden_size": heads * 8,
+        "out_hidden_size": heads * head_dim,
         "window_size": 56,
         "fullatt_block_indexes": [1],
         "tokens_per_second": 2,
@@ -54,10 +54,10 @@ def config_fields(heads=14, kv_heads=2, **nsa):
     return {"text_config": text, "vision_config": vision, **ids}
 
 
-def make_model(heads=14, kv_heads=2, dtype=torch.float32, seed=0, **nsa):
-    """A VideoNSA model in eval mode."""
+def make_model(heads=14, kv_heads=2, dtype=torch.float32, seed=0, **fields):
+    """A VideoNSA model in eval mode; `fields` as for `config_fields`."""
     torch.manual_seed(seed)
-    config = VideoNSAConfig(**config_fields(heads, kv_heads, **nsa))
+    config = VideoNSAConfig(**config_fields(heads, kv_heads, **fields))
     model = VideoNSAForConditionalGeneration._from_config(config, dtype=dtype)
     return model.eval()
 
