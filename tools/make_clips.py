@@ -13,10 +13,10 @@ player's clock shows. `make_story`, `ask` and `render` are the same thing in mem
 """
 
 import argparse
+import functools
 import json
 import random
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -271,9 +271,7 @@ def draw(rows: torch.Tensor, generator: torch.Generator | None = None) -> torch.
     picture = picture + (colour - picture) * cover
 
     digit, left, top = column[13:16]
-    font = torch.tensor(
-        [[[int(cell) for cell in row] for row in glyph.split()] for glyph in DIGITS], device=device
-    )
+    font = _font(device)
     px, py = (x - left).expand(-1, SIZE, -1), (y - top).expand(-1, -1, SIZE)
     on_plate = (digit >= 0) & (px > 0) & (px < PLATE[0]) & (py > 0) & (py < PLATE[1])
     gx, gy = ((px - 3) / CELL).floor().long(), ((py - 3) / CELL).floor().long()
@@ -284,6 +282,12 @@ def draw(rows: torch.Tensor, generator: torch.Generator | None = None) -> torch.
     grain = torch.randn(picture.shape, device=device, generator=generator)
     picture = picture + rows[:, None, None, 16:17] * grain
     return picture.round().clamp(0, 255).to(torch.uint8)
+
+
+@functools.cache
+def _font(device):
+    glyphs = [[[int(cell) for cell in row] for row in glyph.split()] for glyph in DIGITS]
+    return torch.tensor(glyphs, device=device)
 
 
 def render(story: Story, fps: float = SAMPLED_FPS, seed: int = 0) -> torch.Tensor:
@@ -297,17 +301,18 @@ def write_video(path, frames: torch.Tensor, fps: int):
     import av
 
     with av.open(str(path), "w") as container:
-        # One thread: the encoder's output must not depend on the machine's cores.
-        stream = container.add_stream("h264", rate=fps, options={"crf": "23", "threads": "1"})
+        # Not crf, which (by x264's macroblock tree) gave other bytes from run to run.
+        stream = container.add_stream("h264", rate=fps, options={"qp": "23", "threads": "1"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.time_base = Fraction(1, fps)
-        for frame in frames.numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for index, frame in enumerate(frames.numpy()):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts = index
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -317,7 +322,7 @@ def main():
     parser.add_argument("--frames", required=True, type=int, help="at 2 a second; an even number")
     parser.add_argument("--fps", type=int, default=10, help="of the files (default 10)")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of question, comma-separated")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.frames < 2 or args.frames % 2:
         parser.error(f"--frames is {args.frames}; give an even number: 2 a second.")
 

@@ -7,6 +7,7 @@ folder defaults to the repository's root; tools/train_tiny.py then trains the we
 """
 
 import argparse
+import copy
 import importlib
 import json
 import sys
@@ -339,7 +340,8 @@ def make_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
     configuration = importlib.import_module("videonsa.configuration_videonsa")
     modeling = importlib.import_module("videonsa.modeling_videonsa")
     torch.manual_seed(seed)
-    model = modeling.VideoNSAForConditionalGeneration(configuration.VideoNSAConfig(**config))
+    config = configuration.VideoNSAConfig(**copy.deepcopy(config))  # which changes its arguments
+    model = modeling.VideoNSAForConditionalGeneration(config)
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     state.pop("lm_head.weight")  # tied to the embeddings
     return state

@@ -1,0 +1,121 @@
+"""Measure a tiny checkpoint on clips that it has never seen, the way its users ask.
+
+    python tools/measure_tiny.py --model . --seed 1000 --frames 16
+
+renders --count clips into video files (tools/make_clips.py; any seed, training draws from others),
+asks one question of every kind about each through the processor and `generate`, and prints the
+share of answers, whole and exact, in percent.
+
+`--attention dense` gives the same weights and positions, but lets vision tokens attend densely to
+all that stands before them, as in Qwen2.5-VL.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import torch
+from make_clips import KINDS, SAMPLED_FPS
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLAttention,
+    Qwen2_5_VLTextModel,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(folder, attention):
+    """The checkpoint's model and processor."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    if attention == "dense":
+        make_dense(model.model.language_model)
+    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def make_dense(language_model):
+    """Turn VideoNSA's language model into Qwen2.5-VL's in place; the gates are left out."""
+
+    class Dense(type(language_model)):
+        def forward(self, *args, nsa_vision=None, nsa_chunk_size=None, **kwargs):
+            return Qwen2_5_VLTextModel.forward(self, *args, **kwargs)
+
+    language_model.__class__ = Dense
+    for layer in language_model.layers:
+        layer.self_attn.__class__ = Qwen2_5_VLAttention
+
+
+@torch.no_grad()
+def answers(model, processor, video, questions):
+    """The model's answers about one video file, each question asked for itself."""
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "video", "video": str(video)},
+                    {"type": "text", "text": question},
+                ],
+            }
+        ]
+        for question in questions
+    ]
+    inputs = processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    ).to(model.device)
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=24)
+    return processor.batch_decode(
+        tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+
+
+def measure(model, processor, folder):
+    """Accuracy in percent by kind over a folder that tools/make_clips.py wrote."""
+    by_video = defaultdict(list)
+    for line in (folder / "clips.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        by_video[row["video"]].append(row)
+    right, asked = Counter(), Counter()
+    for video, rows in by_video.items():
+        questions = [row["conversations"][0]["value"].removeprefix("<video>") for row in rows]
+        given = answers(model, processor, folder / video, questions)
+        for row, answer in zip(rows, given, strict=True):
+            asked[row["kind"]] += 1
+            right[row["kind"]] += answer == row["conversations"][1]["value"]
+    return {kind: round(100 * right[kind] / asked[kind], 1) for kind in KINDS if asked[kind]}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--seed", type=int, required=True, help="of the clips")
+    parser.add_argument("--frames", type=int, required=True, help=f"at {SAMPLED_FPS} a second")
+    parser.add_argument("--count", type=int, default=100, help="clips (default 100)")
+    parser.add_argument("--attention", choices=("sparse", "dense"), default="sparse")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
+    args = parser.parse_args()
+    model, processor = load(args.model, args.attention)
+    with tempfile.TemporaryDirectory() as folder:
+        make = [sys.executable, ROOT / "tools" / "make_clips.py", "--out", folder]
+        make += ["--seed", args.seed, "--count", args.count, "--frames", args.frames]
+        subprocess.run([str(part) for part in make], check=True, stdout=subprocess.DEVNULL)
+        accuracy = measure(model, processor, Path(folder))
+    for kind, share in accuracy.items():
+        print(f"{kind:10} {share:6.1f} %")
+    if args.json:
+        print(json.dumps({"accuracy": accuracy}))
+
+
+if __name__ == "__main__":
+    main()
