@@ -1,0 +1,120 @@
+"""What goes to the Hub loads by itself, and nothing else goes."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import get_relative_import_files
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import publish  # noqa: E402
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The repository's listed files, with clutter beside them that must stay at home."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in publish.listed_files(ROOT):
+        shutil.copy(ROOT / name, folder)
+    for clutter in ("tests/test_it.py", "docs/README.md", "examples/clips/a.mp4", ".git/config"):
+        (folder / clutter).parent.mkdir(parents=True)
+        (folder / clutter).touch()
+    for clutter in ("conversion.json", "optimizer.pt", ".env", "model.safetensors.tmp", "notes.md"):
+        (folder / clutter).touch()
+    return folder
+
+
+class Api:
+    """Stands in for HfApi: keeps what it was asked, applying the patterns as the Hub's client."""
+
+    calls = []
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        self.calls.append(("create_repo", repo_id, private, exist_ok))
+
+    def upload_folder(
+        self, *, repo_id, folder_path, allow_patterns, delete_patterns, commit_message
+    ):
+        files = [p.relative_to(folder_path).as_posix() for p in folder_path.rglob("*")]
+        sent = set(filter_repo_objects(files, allow_patterns=allow_patterns))
+        remote = ["README.md", "model-00001-of-00002.safetensors", ".gitattributes", "my.md"]
+        deleted = set(filter_repo_objects(remote, allow_patterns=delete_patterns)) - sent
+        self.calls.append(("upload_folder", repo_id, sent, deleted))
+
+
+@pytest.fixture
+def api(monkeypatch):
+    monkeypatch.setattr(Api, "calls", [])
+    monkeypatch.setattr(publish, "HfApi", Api)
+    return Api
+
+
+def test_the_repository_can_be_published(api, capsys):
+    assert publish.main(["--dry-run"]) == 0
+    assert api.calls == []
+    listing = capsys.readouterr().out
+    names = {line.split()[-1] for line in listing.splitlines()}
+    assert {"config.json", "model.safetensors", "modeling_videonsa.py", "README.md"} <= names
+    assert f"{(ROOT / 'tokenizer.json').stat().st_size:,}" in listing
+    assert not {"pyproject.toml", "conftest.py", "tools", "tests"} & names
+
+
+@pytest.mark.parametrize("name", ["configuration", "modeling", "processing"])
+def test_every_file_that_the_code_imports_is_listed(name):
+    imports = get_relative_import_files(str(ROOT / f"{name}_videonsa.py"))
+    assert {Path(path).name for path in imports} <= set(publish.CODE_FILES)
+
+
+def test_only_listed_files_are_sent_in_one_commit(api, model, monkeypatch):
+    monkeypatch.setattr(publish, "check_loads", lambda folder, names: None)
+    assert publish.main(["--model", str(model), "--repo-id", "me/tiny", "--private"]) == 0
+    (made, repo_id, private, exist_ok), (uploaded, target, sent, deleted) = api.calls
+    assert (made, repo_id, private, exist_ok) == ("create_repo", "me/tiny", True, True)
+    assert (uploaded, target) == ("upload_folder", "me/tiny")
+    assert sent == set(publish.listed_files(ROOT))
+    assert deleted == {"model-00001-of-00002.safetensors"}  # of an earlier split
+
+
+def lose_a_weight(model):
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.language_model.norm.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def import_what_is_not_listed(model):
+    (model / "helpers.py").write_text("X = 1\n")
+    path = model / "modeling_videonsa.py"
+    path.write_text("from .helpers import X\n" + path.read_text())
+
+
+def require_an_absent_package(model):
+    """In a function of a file that another imports: only the Hub's loader minds."""
+    path = model / "nsa_reference.py"
+    path.write_text(path.read_text() + "\n\ndef late():\n    import no_such_package\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lose_a_weight, "'missing_keys': ['model.language_model.norm.weight']"),
+        (import_what_is_not_listed, "helpers"),
+        (require_an_absent_package, "no_such_package"),
+        (lambda model: (model / "ask.py").unlink(), "lacks ask.py, which users of it need"),
+    ],
+)
+def test_what_does_not_load_by_itself_is_not_sent(api, model, damage, message, capsys):
+    damage(model)
+    assert publish.main(["--model", str(model), "--repo-id", "me/tiny"]) == 2
+    assert message in capsys.readouterr().err
+    assert api.calls == []
+
+
+def test_a_target_is_asked_for(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        publish.main([])
+    assert "--repo-id is needed" in capsys.readouterr().err

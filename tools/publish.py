@@ -1,0 +1,147 @@
+"""Publish a checkpoint folder on the Hub: only the listed files, checked first, as one commit.
+
+    python tools/publish.py --dry-run
+    python tools/publish.py --model ../VideoNSA-7B --repo-id me/VideoNSA-7B --private
+
+HUB_FILES is the one list of what goes to the Hub. Before anything is sent, the listed files alone
+are loaded from a folder and from a Hub cache, as users have them: config, processor, and every key
+and shape of the model (on the meta device, so that a large one needs no memory).
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from convert_checkpoint import CODE_FILES  # noqa: E402
+
+REQUIRED_FILES = (*CODE_FILES, "config.json", "generation_config.json", "README.md")
+HUB_FILES = (
+    *REQUIRED_FILES,
+    "LICENSE",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+
+LOAD = """
+import sys
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+for name in sys.argv[1:]:
+    AutoConfig.from_pretrained(name, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+    if not processor.chat_template:
+        sys.exit("the processor has no chat template")
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        name, trust_remote_code=True, device_map="meta", output_loading_info=True
+    )
+    faults = {fault: sorted(map(str, keys)) for fault, keys in info.items() if keys}
+    if faults:
+        sys.exit(str(faults))
+"""
+
+
+def listed_files(model):
+    """Names of the files of the folder `model` that go to the Hub, in HUB_FILES' order."""
+    absent = [name for name in REQUIRED_FILES if not (model / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{model} lacks {', '.join(absent)}, which users of it need.")
+    names = sorted(path.name for path in model.iterdir() if path.is_file())
+    return [name for pattern in HUB_FILES for name in names if fnmatch(name, pattern)]
+
+
+def check_loads(model, names):
+    """Raise ValueError unless the files `names` of `model`, and no others, load by themselves."""
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        snapshot = place / "hub/models--local--model/snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (place / "hub/models--local--model/refs").mkdir()
+        (place / "hub/models--local--model/refs/main").write_text("0" * 40)
+        for name in names:
+            if name.endswith(".safetensors"):
+                (snapshot / name).symlink_to((model / name).resolve())
+            else:
+                shutil.copyfile(model / name, snapshot / name)
+        result = subprocess.run(
+            [sys.executable, "-c", LOAD, str(snapshot), "local/model"],
+            cwd=place,
+            env={
+                **os.environ,
+                "HF_HUB_CACHE": str(place / "hub"),
+                "HF_MODULES_CACHE": str(place / "modules"),
+                "HF_HUB_OFFLINE": "1",
+            },
+            capture_output=True,
+            text=True,
+        )
+    if result.returncode:
+        raise ValueError(f"{model} does not load by itself:\n{result.stderr.strip()}")
+
+
+def publish(model, repo_id=None, *, private=False, dry_run=False):
+    """List, check and, unless `dry_run`, upload the folder `model`; return the listed names.
+
+    Listed files that the repository has from before and `model` has not, such as shards of an
+    earlier split, are deleted in the same commit.
+    """
+    model = Path(model).resolve()
+    names = listed_files(model)
+    sizes = [(model / name).stat().st_size for name in names]
+    for name, size in zip(names, sizes, strict=True):
+        print(f"{size:>15,}  {name}")
+    print(f"{sum(sizes):>15,}  bytes in {len(names)} files")
+    check_loads(model, names)
+    print("These files load by themselves.")
+    if not dry_run:
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=model,
+            allow_patterns=names,
+            delete_patterns=list(HUB_FILES),
+            commit_message=f"Publish {model.name}",
+        )
+        print(f"Published to {repo_id}.")
+    return names
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, default=ROOT, help="folder (default: the repository)")
+    parser.add_argument("--repo-id", help="repository on the Hub, owner/name; made if it is absent")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--dry-run", action="store_true", help="list and check only")
+    options = parser.parse_args(arguments)
+    if not options.dry_run and not options.repo_id:
+        parser.error("--repo-id is needed, or --dry-run")
+    try:
+        publish(**vars(options))
+    except (ValueError, OSError) as error:
+        print(f"publish: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
