@@ -1,0 +1,198 @@
+"""ask.py from the shell's side: what it prints, its errors, and turns on one cache."""
+
+import importlib.util
+import inspect
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from test_video_reading import ROOT
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import clips
+
+
+@pytest.fixture(scope="module")
+def ask():
+    spec = importlib.util.spec_from_file_location("ask", ROOT / "ask.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    clips.write_clip(folder / "five.mp4", 50)
+    clips.write_clip(folder / "two.webm", 20, codec="libvpx-vp9")
+    Image.fromarray(clips.frame_image(3, 56, 84)).save(folder / "picture.png")
+    (folder / "notes.mp4").write_text("no video at all " * 100)
+    (folder / "empty.mp4").write_bytes(b"")
+    clips.sound_only(folder)
+    return folder
+
+
+def run(ask, monkeypatch, *arguments, lines=""):
+    monkeypatch.setattr(sys, "argv", ["ask.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    ask.main()
+
+
+def test_it_answers_from_a_shell(folder):
+    """As users run it, from elsewhere and with nothing but the file."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "ask.py", "five.mp4", "What is shown?", "--max-new-tokens", "3"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    plan, tokens, *answer = done.stdout.splitlines()
+    assert answer
+    assert plan == "five.mp4: 5 s at 2 fps = 10 frames, 84x140, 75 tokens"
+    assert tokens.endswith(" tokens in the prompt, 75 of them new vision tokens")
+
+
+def test_several_files_and_limits(ask, folder, monkeypatch, capsys):
+    files = [folder / name for name in ("five.mp4", "picture.png", "two.webm")]
+    limits = ["--fps", 1, "--max-frames", 8, "--max-pixels", 56 * 84, "--max-new-tokens", 2]
+    run(ask, monkeypatch, *files, "What is shown?", "--json", *limits)
+    out = capsys.readouterr().out
+    record = json.loads(out)
+    assert [medium["tokens"] for medium in record["media"]] == [6, 6, 6]
+    assert [medium.get("frames") for medium in record["media"]] == [4, None, 4]
+    assert record["vision_tokens"] == 18 < record["prompt_tokens"]
+    assert record["media"][0]["taken"] == "5 s at 1 fps = 4 frames, 28x84, 6 tokens"
+    assert record["media"][1]["taken"] == "56x84, 6 tokens"
+    assert record["question"] == "What is shown?" and record["answer_tokens"] == 2
+    assert len(out.splitlines()) == 1
+
+
+def test_the_token_budget_is_shared(ask, folder, monkeypatch, capsys):
+    files = [folder / name for name in ("five.mp4", "picture.png", "two.webm")]
+    run(ask, monkeypatch, *files, "And?", "--json", "--max-new-tokens", 2, "--max-tokens", 96)
+    record = json.loads(capsys.readouterr().out)
+    assert [medium["tokens"] for medium in record["media"]] == [60, 6, 15]
+    assert record["vision_tokens"] == 81
+    with pytest.raises(SystemExit):
+        run(ask, monkeypatch, *files, "And?", "--max-tokens", 5)
+    assert "the images alone take 6 tokens, more than --max-tokens 5" in capsys.readouterr().err
+
+
+ERRORS = {
+    "no question": (["five.mp4"], "five.mp4 is a file; give the question after it"),
+    "no file": (["What is shown?"], "give at least one video or image"),
+    "a file for a question": (["five.mp4", "two.webm"], r"two.webm is a file; give the question"),
+    "no such file": (["nowhere.mp4", "What?"], "there is no file nowhere.mp4"),
+    "no video": (["notes.mp4", "What?"], "notes.mp4 cannot be opened as a video"),
+    "an empty file": (["empty.mp4", "What?"], "empty.mp4 is empty (0 bytes)"),
+    "only sound": (["sound.m4a", "What?"], "sound.m4a has no picture track (tracks: audio)"),
+    "backend": (["five.mp4", "What?", "--backend", "cuda"], "'cuda'; choose from 'auto'"),
+    "device": (["five.mp4", "What?", "--device", "tpu9"], "--device tpu9 cannot be used here"),
+    "model": (["five.mp4", "What?", "--model", "no/such/model"], "no/such/model"),
+    "option": (["five.mp4", "What?", "--max-frames", "many"], "--max-frames: invalid int"),
+    "budget": (["five.mp4", "What?", "--max-tokens", "3"], "more than the token budget allows"),
+    "rate": (["five.mp4", "What?", "--fps", "0"], "fps is 0.0; it must be positive"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_line(ask, folder, monkeypatch, capsys, case):
+    arguments, message = ERRORS[case]
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stopped:
+        run(ask, monkeypatch, *arguments)
+    out, error = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert error.startswith("ask.py: ") and len(error.splitlines()) == 1
+    assert message in error
+    assert "frames" not in out or case == "budget"
+
+
+def test_a_conversation(ask, folder, monkeypatch, capsys):
+    lines = f"And then?\n\n/video nowhere.mp4\nWhat?\n/video {folder / 'two.webm'}\nCompare them."
+    run(
+        ask,
+        monkeypatch,
+        *[folder / "five.mp4", "What is shown?", "--interactive", "--json"],
+        *["--max-new-tokens", 3],
+        lines=lines,
+    )
+    out, error = capsys.readouterr()
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [one["question"] for one in records] == ["What is shown?", "And then?", "Compare them."]
+    assert [[m["tokens"] for m in one["media"]] for one in records] == [[75], [], [30]]
+    assert records[0]["prompt_tokens"] < records[1]["prompt_tokens"] < records[2]["prompt_tokens"]
+    assert error == "ask.py: there is no file nowhere.mp4\n"
+
+
+def test_a_conversation_without_a_first_question(ask, folder, monkeypatch, capsys):
+    run(ask, monkeypatch, folder / "five.mp4", "--interactive", "--max-new-tokens", 2, lines="Hm?")
+    assert "five.mp4: 5 s at 2 fps = 10 frames" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("answer_length", [3, 64], ids=["cut off", "to its end"])
+def test_later_turns_equal_one_prefill_of_the_whole(ask, folder, answer_length):
+    """Three turns, the last one with a second video, against one prompt of all of it."""
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():  # so that answers vary with what is seen
+        if weight.ndim == 2 and "embed" not in name:
+            weight.data.normal_(0, 2 * weight.shape[1] ** -0.5)
+    if answer_length == 64:
+        stop_after(model, 5, processor.tokenizer.eos_token_id)
+    chat = ask.Conversation(processor, lambda prompt: model, {}, None, answer_length, stream=False)
+    chat.generation["output_logits"] = True
+    outputs, generate = [], model.generate
+    model.generate = lambda **inputs: outputs.append(generate(**inputs)) or outputs[-1]
+    questions = [(["five.mp4"], "What is shown?"), ([], "And then?"), (["two.webm"], "Compare.")]
+    messages = []
+    for files, question in questions:
+        files = [str(folder / name) for name in files]
+        record = chat.ask(files, question, say=lambda line: None)
+        content = [{"type": "video", "video": path} for path in files]
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+        prompt = chat.sequence[:, : record["prompt_tokens"]]
+        videos = [part["video"] for m in messages for part in m["content"] if "video" in part]
+        # The pixels of all videos in one call, the text as the turns have put it together.
+        media = processor.video_processor(videos=videos, return_metadata=True, return_tensors="pt")
+        rates = [metadata.sampled_fps for metadata in media.pop("video_metadata")]
+        whole = generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            second_per_grid_ts=torch.tensor([2 / rate for rate in rates]),
+            **media,
+            max_new_tokens=answer_length,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        assert torch.equal(whole["sequences"], chat.sequence)
+        torch.testing.assert_close(outputs[-1]["logits"][0], whole["logits"][0], atol=2e-4, rtol=0)
+        messages.append({"role": "assistant", "content": []})
+
+    # The whole reads as the chat template writes a conversation.
+    text = processor.tokenizer.decode(chat.sequence[0]).replace("<|video_pad|>", "")
+    assert text.count("<|im_start|>user\n") == text.count("<|im_start|>assistant\n") == 3
+    assert text.count("<|im_end|>\n<|im_start|>user\n") == 3 and "<|im_end|><|im_end|>" not in text
+    assert text.count("<|im_start|>system") == 1
+
+
+def stop_after(model, steps, token):
+    """Makes every answer end with `token` after so many steps, as a trained model's does."""
+    forward, calls = model.forward, {"left": 0}
+
+    def counted(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        ids = kwargs["input_ids"]
+        calls["left"] = steps if ids.shape[1] > 1 else calls["left"] - 1
+        if calls["left"] == 0:
+            out.logits[:, -1, token] = out.logits.max() + 1
+        return out
+
+    counted.__signature__ = inspect.signature(forward)  # generate reads it
+    model.forward = counted
