@@ -46,6 +46,8 @@ CODE_FILES = (
     "nsa_kernels_window.py",
     "processing_videonsa.py",
     "ask.py",
+    "finetune.py",
+    "finetuning_data.py",
     "convert_checkpoint.py",
     "requirements.txt",
 )
@@ -79,8 +81,10 @@ through three gated sparse branches (compressed blocks, selected blocks, a slidi
 tokens attend densely.
 
 **The gates are untrained.** {gates}
-All other weights are the source's. Fine-tune before you rely on answers about videos; the gates
-are `g_proj_1` and `g_proj_2` in each layer's `self_attn`. Answers to text alone are the source's.
+All other weights are the source's. Answers to text alone are the source's; before you rely on
+answers about videos, train the gates (`g_proj_1`, `g_proj_2` in each layer's `self_attn`):
+
+    python finetune.py --model_name_or_path . --data DATA.jsonl --output_dir TUNED
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
