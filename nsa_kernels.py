@@ -44,7 +44,6 @@ from .nsa_kernels_selected import (
     selected_dkv,
     selected_dq,
     selected_forward,
-    smaller_blocks,
 )
 from .nsa_kernels_window import window_attention, window_dkv, window_dq, window_forward
 from .nsa_reference import check_streams
@@ -135,8 +134,7 @@ class _Attention(torch.autograd.Function):
                 q, means[0], lse_cmp, at, cu_mean, block_size, num_selected, num_initial,
                 num_local, scale,
             )  # fmt: skip
-            blocks, small = smaller_blocks(blocks, block_size)
-            lists = build_tile_lists(blocks, q.shape[1] // k.shape[1], at, small)
+            lists = build_tile_lists(q, blocks, at, block_size)
             selected, lse_slc = selected_forward(q, k, v, lists, scale)
             window, lse_win = window_forward(q, k, v, at, window_size, scale)
             o = _sum_of_branches((compressed, selected, window), gates)

@@ -12,6 +12,7 @@ from .nsa_kernels_primitives import (
     LOG2_E,
     check_inputs,
     dot,
+    fitting,
     heads_of,
     load_rows,
     mean_starts,
@@ -141,27 +142,28 @@ def choose_blocks(
     """Block numbers int32 [Tq, K, S]; `lse` is the compressed branch's, base 2."""
     kv_heads = k_mean.shape[1]
     blocks = torch.empty(len(q), kv_heads, num_selected, dtype=torch.int32, device=q.device)
-    row_length = triton.cdiv(triton.cdiv(at.keys, block_size), MEANS) * MEANS
+    rows, means = fitting(q, ROWS), fitting(q, MEANS)
+    row_length = triton.cdiv(triton.cdiv(at.keys, block_size), means) * means
     num_groups = row_length // GROUP
     most_rows = min(CHUNK_ROWS, CHUNK_ELEMENTS // (kv_heads * row_length))
-    tiles = at.query_tiles(ROWS)
-    chunk = min(tiles, max(1, most_rows // ROWS))
-    importance = q.new_empty(chunk * ROWS * kv_heads, row_length, dtype=torch.float32)
+    tiles = at.query_tiles(rows)
+    chunk = min(tiles, max(1, most_rows // rows))
+    importance = q.new_empty(chunk * rows * kv_heads, row_length, dtype=torch.float32)
     maxima = q.new_empty(len(importance), num_groups, dtype=torch.float32)
     slots = triton.next_power_of_2(num_selected)
     for first_tile in range(0, tiles, chunk):
         n = min(chunk, tiles - first_tile)
-        past = triton.cdiv(at.positions_before((first_tile + n) * ROWS), block_size)
-        _importance[(n, triton.cdiv(past, MEANS), kv_heads)](
+        past = triton.cdiv(at.positions_before((first_tile + n) * rows), block_size)
+        _importance[(n, triton.cdiv(past, means), kv_heads)](
             q, k_mean, lse, importance, maxima, *at.arguments, cu_mean, first_tile, row_length,
-            num_groups, scales(q, scale)[1], B=block_size, ROWS=ROWS, MEANS=MEANS, GROUP=GROUP,
+            num_groups, scales(q, scale)[1], B=block_size, ROWS=rows, MEANS=means, GROUP=GROUP,
             **heads_of(q, k_mean), num_warps=4, num_stages=stages(q, 3),
         )  # fmt: skip
         groups = max(slots, triton.next_power_of_2(triton.cdiv(past, GROUP)))
-        _choose[(n * ROWS, kv_heads)](
+        _choose[(n * rows, kv_heads)](
             importance, maxima, blocks, *at.arguments, first_tile, row_length, num_groups,
             INITIAL=num_initial, LOCAL=num_local, S=num_selected, S_2=slots, K=kv_heads,
-            B=block_size, ROWS=ROWS, GROUP=GROUP, GROUPS=groups, num_warps=1,
+            B=block_size, ROWS=rows, GROUP=GROUP, GROUPS=groups, num_warps=1,
         )  # fmt: skip
     return blocks
 

@@ -12,6 +12,7 @@ from .nsa_kernels_primitives import (
     dot,
     dq_step,
     empty_softmax,
+    fitting,
     heads_of,
     load_keys,
     load_queries,
@@ -183,9 +184,11 @@ def _dkv(
 def compressed_forward(q, k_mean, v_mean, at, cu_mean, block_size, scale):
     """o [Tq, H, D] (zero where no block is complete yet) and base-2 lse [Tq, H] (+inf there)."""
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    _forward[(at.query_tiles(TILE_ROWS), q.shape[1])](
+    rows = fitting(q, TILE_ROWS)
+    _forward[(at.query_tiles(rows), q.shape[1])](
         q, k_mean, v_mean, o, lse, *at.arguments, cu_mean, scales(q, scale)[1], B=block_size,
-        ROWS=TILE_ROWS, MEANS=MEANS, **heads_of(q, k_mean), num_warps=4, num_stages=stages(q, 3),
+        ROWS=rows, MEANS=fitting(q, MEANS), **heads_of(q, k_mean), num_warps=4,
+        num_stages=stages(q, 3),
     )  # fmt: skip
     return o, lse
 
@@ -194,18 +197,19 @@ def compressed_backward(q, k_mean, v_mean, do, lse, delta, at, cu_mean, block_si
     """dq in q's dtype, and the gradients of the means in float32, undefined past the last mean."""
     dq = torch.empty_like(q)
     num_means, (score_scale, scale) = len(k_mean), scales(q, scale)
+    rows, tile = fitting(q, TILE_ROWS), fitting(q, MEANS)
     fixed = dict(
-        B=block_size, ROWS=TILE_ROWS, MEANS=MEANS, **heads_of(q, k_mean), num_warps=4,
+        B=block_size, ROWS=rows, MEANS=tile, **heads_of(q, k_mean), num_warps=4,
         num_stages=stages(q, 2),
     )  # fmt: skip
     inputs = (q, k_mean, v_mean, do, lse, delta)
-    _dq[(at.query_tiles(TILE_ROWS), q.shape[1])](
+    _dq[(at.query_tiles(rows), q.shape[1])](
         *inputs, dq, *at.arguments, cu_mean, scale, score_scale, **fixed
     )
     parts = min(QUERY_PARTS, max(1, PARTIAL_ROWS // max(1, num_means)))
     dk, dv = q.new_empty(2, parts, num_means, *q.shape[1:], dtype=torch.float32)
     if num_means:
-        _dkv[((num_means // MEANS + at.samples) * parts, q.shape[1])](
+        _dkv[((num_means // tile + at.samples) * parts, q.shape[1])](
             *inputs, dk, dv, *at.arguments, cu_mean, num_means, scale, score_scale,
             PARTS=parts, **fixed,
         )  # fmt: skip

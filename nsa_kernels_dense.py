@@ -13,6 +13,7 @@ from .nsa_kernels_primitives import (
     dot,
     dq_step,
     empty_softmax,
+    fitting,
     heads_of,
     load_keys,
     load_queries,
@@ -126,7 +127,7 @@ def _dkv(
     q_ptr, k_ptr, v_ptr, positions_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr,
     cu_k_ptr, num_samples, scale, dk_scale,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
     sample, offset = locate(tl.program_id(0), cu_k_ptr, num_samples, KEYS)
@@ -138,10 +139,12 @@ def _dkv(
     dk = tl.zeros([KEYS, D], tl.float32)
     dv = tl.zeros([KEYS, D], tl.float32)
     first, queries = span(sample, cu_q_ptr)
-    for j in range(0, queries, QUERIES):
-        count = tl.minimum(QUERIES, queries - j)
-        query, rows, live = packed_rows(first + j, count, kv_head, H, G, ROWS)
-        t = tl.load(positions_ptr + first + j + query, mask=live, other=-1)
+    for j in range(0, queries * G, ROWS):
+        i = j + tl.arange(0, ROWS)  # rows are queries times heads, with no gap between queries
+        query = first + i // G
+        live = i < queries * G
+        rows = query.to(tl.int64) * H + kv_head * G + i % G
+        t = tl.load(positions_ptr + query, mask=live, other=-1)
         q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
         visible = key[:, None] <= t[None, :]
         dk, dv = dkv_step(dk, dv, q, k, v, do, lse, delta, visible, scale)
@@ -150,9 +153,10 @@ def _dkv(
     store_rows(dv_ptr, rows, dv, key < keys, D)
 
 
-def _sizes(q, k, rows, wanted_stages):
+def _sizes(q, k, wanted_stages):
     return dict(
-        KEYS=KEYS, **heads_of(q, k), **tile_of(q.shape[1] // k.shape[1], rows),
+        KEYS=fitting(q, KEYS), **heads_of(q, k),
+        **tile_of(q.shape[1] // k.shape[1], fitting(q, TILE_ROWS)),
         num_warps=4, num_stages=stages(q, wanted_stages),
     )  # fmt: skip
 
@@ -167,7 +171,7 @@ def _grid(sizes, k, at):
 class _DenseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, positions, at, scale):
-        sizes = _sizes(q, k, TILE_ROWS, 3)
+        sizes = _sizes(q, k, 3)
         grid = _grid(sizes, k, at)
         splits, rows = grid[1], q.shape[0] * q.shape[1]
         o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -195,15 +199,16 @@ class _DenseAttention(torch.autograd.Function):
         at, (score_scale, scale) = ctx.at, scales(q, ctx.scale)
         do = do.contiguous()
         inputs = (q, k, v, positions, do, lse, row_deltas(do, o))
-        sizes = _sizes(q, k, TILE_ROWS, 2)
+        sizes = _sizes(q, k, 2)
         grid = _grid(sizes, k, at)
         splits, rows = grid[1], q.shape[0] * q.shape[1]
         dq = q.new_empty(splits, *q.shape, dtype=torch.float32)
         _dq[grid](*inputs, dq, *at.arguments, splits, rows, scale, score_scale, **sizes)
         dk, dv = torch.empty_like(k), torch.empty_like(v)
-        _dkv[(at.key_blocks(KEYS), k.shape[1])](
-            *inputs, dk, dv, *at.arguments, scale, score_scale, **_sizes(q, k, DKV_ROWS, 2)
-        )
+        _dkv[(at.key_blocks(sizes["KEYS"]), k.shape[1])](
+            *inputs, dk, dv, *at.arguments, scale, score_scale, **heads_of(q, k), G=sizes["G"],
+            KEYS=sizes["KEYS"], ROWS=fitting(q, DKV_ROWS), num_warps=4, num_stages=stages(q, 2),
+        )  # fmt: skip
         return dq.sum(0).to(q.dtype), dk, dv, None, None, None
 
 

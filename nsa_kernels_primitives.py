@@ -32,6 +32,7 @@ except ImportError:
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TILE_ROWS = 64  # rows of a query tile: one wgmma of 4 warps
+FLOAT32_TILE = 16  # a float32 product is one instruction per multiplication: small tiles only
 LOG2_E = 1.4426950408889634
 
 
@@ -127,6 +128,11 @@ def tile_of(group, rows, most=None):
 def stages(q, wanted):
     """Software pipelining depth: float32 tiles leave no shared memory for more than one."""
     return 1 if q.dtype == torch.float32 else wanted
+
+
+def fitting(q, size):
+    """`size` of a tile, or what is left of it in float32."""
+    return min(size, FLOAT32_TILE) if q.dtype == torch.float32 else size
 
 
 def row_deltas(do, o):

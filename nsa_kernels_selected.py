@@ -24,6 +24,7 @@ from .nsa_kernels_primitives import (
     dot,
     dq_step,
     empty_softmax,
+    fitting,
     heads_of,
     load_keys,
     load_queries,
@@ -47,8 +48,9 @@ from .nsa_kernels_primitives import (
 LARGEST_BLOCK = 64  # larger ones are taken apart
 CHUNK = 9216  # queries whose cold partials are held at once
 PARTS = 2  # programs per block and chunk in the cold kernels
+THREE_PROGRAMS = 168  # registers that let three programs share a multiprocessor
 DKV_ROWS = 32  # 64 rows would spill registers
-ALL_HOT_UP_TO = 8192  # queries; up to here tiles alone are as fast and need no scratch
+ALL_HOT_UP_TO = 8192  # keys; up to here tiles alone are as fast and need no scratch
 MASK_BITS = 32  # queries of a tile, one bit each
 SORTED = 1024  # entries that one program sorts
 NO_BLOCK = tl.constexpr(0x7FFFFFFF)
@@ -142,14 +144,26 @@ def _index_by_block(pairs, is_used, num_blocks, chunk):
     return BlockIndex(entry.to(torch.int32), torch.searchsorted(key, bounds, out_int32=True))
 
 
-def build_tile_lists(blocks, group, at, block_size):
-    """Hot and cold lists of blocks int32 [Tq, K, S]."""
+def _smaller_blocks(blocks, block_size, largest):
+    """The same choice in blocks of at most `largest` tokens, and their size."""
+    parts = max(1, block_size // largest)
+    if parts == 1:
+        return blocks.contiguous(), block_size
+    part = torch.arange(parts, dtype=torch.int32, device=blocks.device)
+    apart = torch.where(blocks[..., None] < 0, -1, blocks[..., None] * parts + part)
+    return apart.flatten(2), block_size // parts
+
+
+def build_tile_lists(q, blocks, at, block_size):
+    """Hot and cold lists of the choice `blocks` int32 [Tq, K, S]."""
+    blocks, block_size = _smaller_blocks(blocks, block_size, fitting(q, LARGEST_BLOCK))
     _, kv_heads, num_selected = blocks.shape
     slots = triton.next_power_of_2(num_selected)
-    tile = tile_of(group, TILE_ROWS, most=min(MASK_BITS, max(1, SORTED // slots)))
+    group, most = q.shape[1] // kv_heads, min(MASK_BITS, max(1, SORTED // slots))
+    tile = tile_of(group, fitting(q, TILE_ROWS), most)
     queries = tile["QUERIES"]
     # A third of a tile's queries is where a step of the tile costs what the cold pairs would.
-    min_share = 1 if at.queries <= ALL_HOT_UP_TO else max(1, round(queries / 3))
+    min_share = 1 if at.keys <= ALL_HOT_UP_TO else max(1, round(queries / 3))
     tiles = at.query_tiles(queries)
     chunk = min(max(CHUNK // queries, 1), tiles)
     capacity = max(1, queries * num_selected // min_share)
@@ -377,8 +391,7 @@ def _dkv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, entry_ptr, offset_ptr, dk_ptr, dv_ptr,
     cu_q_ptr, cu_k_ptr, num_samples, num_slots, num_blocks, scale, dk_scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
-    KEYS: tl.constexpr, G: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
-    TILE_QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, TILE_QUERIES: tl.constexpr,
 ):  # fmt: skip
     block, kv_head = tl.program_id(0), tl.program_id(1)
     offset = offset_ptr + kv_head * (num_blocks + 1) + block
@@ -386,17 +399,17 @@ def _dkv(
     if begin >= end:
         return
     sample, start, length, key = _block_keys(block, cu_k_ptr, num_samples, B, KEYS)
-    r = tl.arange(0, ROWS)
-    query, head = r // G, r % G
     k, v = load_keys(k_ptr, v_ptr, start + key, key < length, kv_head, K, D)
     sample_slot, first_row, first_position = _first_slot(sample, cu_q_ptr, cu_k_ptr, TILE_QUERIES)
     dk = tl.zeros([KEYS, D], tl.float32)
     dv = tl.zeros([KEYS, D], tl.float32)
-    for j in range(begin, end, QUERIES):
-        live = (query < QUERIES) & (j + query < end)
-        entry = tl.load(entry_ptr + j + query, mask=live, other=0)
+    for j in range(0, (end - begin) * G, ROWS):
+        i = j + tl.arange(0, ROWS)  # rows are queries times heads, with no gap between queries
+        at = begin + i // G
+        live = at < end
+        entry = tl.load(entry_ptr + at, mask=live, other=0)
         t = entry // S - kv_head * num_slots - sample_slot
-        rows = (first_row + t).to(tl.int64) * H + kv_head * G + head
+        rows = (first_row + t).to(tl.int64) * H + kv_head * G + i % G
         q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
         visible = key[:, None] <= (t + first_position)[None, :]
         dk, dv = dkv_step(dk, dv, q, k, v, do, lse, delta, visible, scale)
@@ -422,7 +435,7 @@ def _for_each_chunk(q, k, lists, cold_kernel, tile_kernel):
     )  # fmt: skip
     merge = dict(
         S_2=triton.next_power_of_2(lists.num_selected), MERGE=lists.cold is not None,
-        MERGE_STAGES=stages(q, 3),
+        MERGE_STAGES=stages(q, 4),
     )  # fmt: skip
     num_blocks = at.key_blocks(lists.block_size)
     scratch = lists.chunk * queries * lists.num_selected
@@ -459,7 +472,7 @@ def selected_forward(q, k, v, lists, scale):
     def cold_kernel(grid, lengths, sizes):
         _cold_forward[grid](
             q, k, v, *lists.cold, cold_o, cold_lse, *at.arguments, *lengths, scale,
-            num_stages=stages(q, 3), **sizes,
+            num_stages=1, **sizes,
         )  # fmt: skip
 
     def tile_kernel(grid, lengths, sizes):
@@ -481,7 +494,7 @@ def selected_dq(q, k, v, do, lse, delta, dq, lists, scale):
     def cold_kernel(grid, lengths, sizes):
         _cold_dq[grid](
             *inputs, *lists.cold, cold_dq, *at.arguments, *lengths, scale, score_scale,
-            num_stages=1, **sizes,
+            num_stages=1, maxnreg=THREE_PROGRAMS if q.element_size() == 2 else None, **sizes,
         )  # fmt: skip
 
     def tile_kernel(grid, lengths, sizes):
@@ -501,27 +514,17 @@ def selected_dkv(q, k, v, do, lse, delta, dk, dv, lists, scale):
     _dkv[(num_blocks, k.shape[1])](
         q, k, v, do, lse, delta, *index, dk, dv, *at.arguments, slots, num_blocks, scale,
         score_scale, S=lists.num_selected, TILE_QUERIES=lists.tile["QUERIES"],
-        **_block_sizes(lists.block_size), **heads_of(q, k), **tile_of(lists.tile["G"], DKV_ROWS),
+        **_block_sizes(lists.block_size), **heads_of(q, k), G=lists.tile["G"],
+        ROWS=fitting(q, DKV_ROWS),
         num_warps=4, num_stages=stages(q, 2),
     )  # fmt: skip
-
-
-def smaller_blocks(blocks, block_size):
-    """The same choice in blocks of at most LARGEST_BLOCK tokens, and their size."""
-    parts = max(1, block_size // LARGEST_BLOCK)
-    if parts == 1:
-        return blocks, block_size
-    part = torch.arange(parts, dtype=torch.int32, device=blocks.device)
-    apart = torch.where(blocks[..., None] < 0, -1, blocks[..., None] * parts + part)
-    return apart.flatten(2), block_size // parts
 
 
 class _SelectedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, blocks, at, block_size, scale):
-        blocks, block_size = smaller_blocks(blocks, block_size)
         with torch.cuda.device_of(q):
-            lists = build_tile_lists(blocks.contiguous(), q.shape[1] // k.shape[1], at, block_size)
+            lists = build_tile_lists(q, blocks, at, block_size)
             o, lse = selected_forward(q, k, v, lists, scale)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.lists, ctx.scale = lists, scale

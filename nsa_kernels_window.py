@@ -13,6 +13,7 @@ from .nsa_kernels_primitives import (
     dot,
     dq_step,
     empty_softmax,
+    fitting,
     heads_of,
     load_keys,
     load_queries,
@@ -99,7 +100,7 @@ def _dkv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
     num_samples, scale, dk_scale,
     WINDOW: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
     sample, offset = locate(tl.program_id(0), cu_k_ptr, num_samples, KEYS)
@@ -113,27 +114,31 @@ def _dkv(
     first, queries = span(sample, cu_q_ptr)
     cached = length - queries
     end = tl.minimum(length, offset + KEYS - 1 + WINDOW)
-    for j in range(tl.maximum(offset, cached), end, QUERIES):
-        count = tl.minimum(QUERIES, end - j)
-        query, rows, live = packed_rows(first + j - cached, count, kv_head, H, G, ROWS)
+    oldest = tl.maximum(offset, cached)
+    for j in range(0, (end - oldest) * G, ROWS):
+        i = j + tl.arange(0, ROWS)  # rows are queries times heads, with no gap between queries
+        t = oldest + i // G
+        live = t < end
+        rows = (first + t - cached).to(tl.int64) * H + kv_head * G + i % G
         q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
-        visible = _in_window((j + query)[None, :], key[:, None], WINDOW)
+        visible = _in_window(t[None, :], key[:, None], WINDOW)
         dk, dv = dkv_step(dk, dv, q, k, v, do, lse, delta, visible, scale)
     rows = (start + key).to(tl.int64) * K + kv_head
     add_rows(dk_ptr, rows, dk * dk_scale, key < length, D)
     add_rows(dv_ptr, rows, dv, key < length, D)
 
 
-def _sizes(q, k, window_size, keys, rows, wanted_stages):
+def _sizes(q, k, window_size, wanted_stages):
     return dict(
-        WINDOW=window_size, KEYS=keys, **heads_of(q, k), **tile_of(q.shape[1] // k.shape[1], rows),
-        num_warps=4, num_stages=stages(q, wanted_stages),
+        WINDOW=window_size, KEYS=fitting(q, KEYS), **heads_of(q, k),
+        **tile_of(q.shape[1] // k.shape[1], fitting(q, TILE_ROWS)), num_warps=4,
+        num_stages=stages(q, wanted_stages),
     )  # fmt: skip
 
 
 def window_forward(q, k, v, at, window_size, scale):
     """o [Tq, H, D] and base-2 lse [Tq, H]."""
-    sizes = _sizes(q, k, window_size, KEYS, TILE_ROWS, 3)
+    sizes = _sizes(q, k, window_size, 3)
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     _forward[(at.query_tiles(sizes["QUERIES"]), k.shape[1])](
         q, k, v, o, lse, *at.arguments, scales(q, scale)[1], **sizes
@@ -143,7 +148,7 @@ def window_forward(q, k, v, at, window_size, scale):
 
 def window_dq(q, k, v, do, lse, delta, dq, at, window_size, scale):
     """Add this branch's gradient to dq in place."""
-    sizes = _sizes(q, k, window_size, KEYS, TILE_ROWS, 2)
+    sizes = _sizes(q, k, window_size, 2)
     score_scale, scale = scales(q, scale)
     _dq[(at.query_tiles(sizes["QUERIES"]), k.shape[1])](
         q, k, v, do, lse, delta, dq, *at.arguments, scale, score_scale, **sizes
@@ -152,11 +157,12 @@ def window_dq(q, k, v, do, lse, delta, dq, at, window_size, scale):
 
 def window_dkv(q, k, v, do, lse, delta, dk, dv, at, window_size, scale):
     """Add this branch's gradients to dk and dv in place."""
-    sizes = _sizes(q, k, window_size, DKV_KEYS, DKV_ROWS, 2)
-    score_scale, scale = scales(q, scale)
-    _dkv[(at.key_blocks(DKV_KEYS), k.shape[1])](
-        q, k, v, do, lse, delta, dk, dv, *at.arguments, scale, score_scale, **sizes
-    )
+    keys, (score_scale, scale) = fitting(q, DKV_KEYS), scales(q, scale)
+    _dkv[(at.key_blocks(keys), k.shape[1])](
+        q, k, v, do, lse, delta, dk, dv, *at.arguments, scale, score_scale, WINDOW=window_size,
+        KEYS=keys, ROWS=fitting(q, DKV_ROWS), G=q.shape[1] // k.shape[1], **heads_of(q, k),
+        num_warps=4, num_stages=stages(q, 2),
+    )  # fmt: skip
 
 
 class _WindowAttention(torch.autograd.Function):
