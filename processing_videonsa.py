@@ -5,6 +5,7 @@ how many tokens they become. `VideoFile` finds those frames in a file with PyAV,
 that is exact. `VideoNSAVideoProcessor` and `VideoNSAProcessor` put both behind Qwen2.5-VL's calls.
 """
 
+import importlib
 import math
 import os
 from dataclasses import dataclass
@@ -731,18 +732,29 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
 
     def _read_elsewhere(self, source, limits):
         """The same with another decoder, by frame number."""
-        plans, chosen = [], []
+        backend, plans, chosen = limits["video_backend"], [], []
+        if limits["video_start"] or limits["video_end"]:
+            raise ValueError(
+                f"video_start and video_end need video_backend='pyav', not {backend!r}."
+            )
+        try:
+            importlib.import_module(backend)
+        except (ImportError, OSError, RuntimeError) as error:
+            raise ImportError(
+                f"video_backend is {backend!r}, which cannot be imported here "
+                f"({str(error).splitlines()[0]}). Install it, or leave video_backend out."
+            ) from error
 
         def choose(metadata, **unused):
-            total = metadata.total_num_frames
-            size = (metadata.height, metadata.width)
+            total, size = metadata.total_num_frames, (metadata.height, metadata.width)
+            if None in size:  # decord does not tell
+                with VideoFile(source) as file:
+                    size = (file.height, file.width)
             plans.append(self._plan(total / metadata.fps, total, *size, limits))
             chosen.extend(_spread(total, plans[0].frames))
             return chosen
 
-        frames, metadata = load_video(
-            source, backend=limits["video_backend"], sample_indices_fn=choose
-        )
+        frames, metadata = load_video(source, backend=backend, sample_indices_fn=choose)
         metadata.frames_indices = chosen
         return self._stack(_channels_first(torch.as_tensor(frames)), plans[0], limits), metadata
 
