@@ -384,6 +384,8 @@ class VideoNSATrainer(Trainer):
             "skipped_samples": listed["skipped"],
             "shortened_samples": listed["shortened"],
         }
+        if torch.cuda.is_available():
+            measured["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.logs % self.args.gates_by_layer_every == 0:
             for layer, means in enumerate(gates.tolist()):
                 for branch, mean in zip(BRANCHES, means, strict=True):
@@ -470,7 +472,7 @@ def save_result(trainer, model_args):
     args, out = trainer.args, Path(trainer.args.output_dir)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    elif not (trainer.is_deepspeed_enabled or model_args.lora_r):
+    if not (trainer.is_deepspeed_enabled or model_args.lora_r):
         trainer.model.to(run_dtype(args))
     trainer.save_model(str(out / "adapter") if model_args.merge_lora else None, _internal_call=True)
     if model_args.merge_lora and args.should_save:

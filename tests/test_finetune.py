@@ -423,7 +423,18 @@ def test_gradients_reach_every_branch_and_part(folder, tmp_path):
     assert all(g.any() for name, g in grads.items() if ".visual." in name and "weight" in name)
 
 
-@pytest.mark.parametrize("checkpointing", [{}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": '{"use_reentrant": true}',
+        },
+    ],
+    ids=["plain", "checkpointing", "reentrant"],
+)
 def test_only_what_is_named_trains(folder, tmp_path, checkpointing):
     before = load_file(ROOT / "model.safetensors")
     trainer, grads = gradients_of_one_step(
@@ -489,14 +500,25 @@ def test_adapters_in_the_vision_tower_with_checkpointing(folder, tmp_path, reent
     assert all(g.any() for g in adapters.values())
 
 
-def test_what_trains_is_float32_and_the_rest_bfloat16(folder, tmp_path):
-    trainer = run(
-        folder / "clips.jsonl", tmp_path, max_steps=2, lora_r=2, bf16=True, train="llm,gates"
-    )
-    for name, parameter in trainer.model.named_parameters():
-        kept = torch.float32 if parameter.requires_grad else torch.bfloat16
-        assert parameter.dtype == kept, name
-    assert torch.tensor(losses(trainer)).isfinite().all()
+@pytest.mark.parametrize("adapters", [{}, {"lora_r": 2}], ids=["all", "lora"])
+def test_what_trains_is_float32_and_the_rest_bfloat16(folder, tmp_path, adapters):
+    seen = set()
+
+    class Watching(finetune.VideoNSATrainer):
+        def training_step(self, model, *args, **kwargs):
+            seen.update((p.requires_grad, p.dtype) for p in model.parameters())
+            return super().training_step(model, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "VideoNSATrainer", Watching)
+        trainer = run(folder / "clips.jsonl", tmp_path, max_steps=3, bf16=True, **adapters)
+    assert seen == {(True, torch.float32), (False, torch.bfloat16)}
+    exact = run(folder / "clips.jsonl", tmp_path / "exact", max_steps=3, **adapters)
+    assert losses(trainer) == pytest.approx(losses(exact), rel=0.05)
+    if not adapters:
+        weights = load_file(tmp_path / "model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+        assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_the_log_has_the_gates_and_what_is_attended(folder, tmp_path, model, processor):
