@@ -19,6 +19,7 @@ adapters, and merger and gates train whole beside them. What trains is kept in f
 in bfloat16 with --bf16. --resume_from_checkpoint last goes on from the last checkpoint, if any.
 """
 
+import argparse
 import functools
 import json
 import math
@@ -91,7 +92,7 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data: list[str] = field(
-        metadata={"help": "data sets, each with an optional share: set.json%50"}
+        metadata={"help": "data sets, each with an optional share: set.json%%50"}
     )
     data_root: str | None = field(
         default=None, metadata={"help": "where paths of media start from"}
@@ -141,12 +142,16 @@ class FinetuneArguments(TrainingArguments):
         return self.learning_rate if own is None else own
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """--help with this file's text as it stands."""
+
+
 def parse(argv):
     """The three groups of arguments from flags, a settings file, or one followed by flags."""
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, FinetuneArguments),
         description=__doc__,
-        add_help=True,
+        formatter_class=Help,
     )
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         settings = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
@@ -226,9 +231,10 @@ def add_adapters(model, model_args, parts):
         lora_dropout=model_args.lora_dropout,
         target_modules=rf".*({stems})\.\d+\.(.*\.)?({modules})",
         modules_to_save=[name for part in PARTS if part in parts for name in whole.get(part, [])],
-        base_model_name_or_path=model_args.model_name_or_path,
         revision=model_args.model_revision,
     )
+    if os.path.isdir(model_args.model_name_or_path):  # the adapter may be loaded from elsewhere
+        model.name_or_path = os.path.abspath(model_args.model_name_or_path)
     return peft.get_peft_model(model, config)
 
 

@@ -238,6 +238,31 @@ def test_every_layout_becomes_messages(folder, row, content):
     assert to_messages(row, folder) == user_and_answer(content)
 
 
+def test_images_and_videos_share_a_conversation(processor, model, folder):
+    row = {
+        "images": ["red.png"],
+        "videos": ["videos/000000.mp4", "videos/000001.mp4"],
+        "messages": [
+            {"role": "user", "content": "<video>And <image>, <video>?"},
+            {"role": "assistant", "content": "Both."},
+        ],
+    }
+    data = Conversations([str(write_rows(folder / "both.jsonl", [row]))], processor)
+    item, measured = data[0], data.measured(0)
+    assert item["notes"] == [] and measured["tokens"] == len(item["input_ids"])
+    order = [n for n in item["input_ids"].unique_consecutive().tolist() if n in data.placeholders]
+    video, image = model.config.video_token_id, model.config.image_token_id
+    assert order == [video, image, video]
+    batch = Collator(processor, model.config)([item])
+    del batch["stats"]
+    assert model(**batch).loss.isfinite()
+    kinds = [
+        Conversations([str(write_rows(folder / "kinds.jsonl", [one]))], processor).kinds_of_media()
+        for one in (row, ROW, TEXT_ROW, {"messages": user_and_answer([IMAGE, QUESTION])})
+    ]
+    assert kinds == [2, 1, 0, 1]
+
+
 def test_a_folder_of_frames_is_a_video(processor, folder):
     frames = folder / "frames"
     frames.mkdir()
@@ -775,6 +800,13 @@ def test_a_dry_run_measures_and_trains_nothing(folder, tmp_path, capsys):
     assert "Tokens a conversation:" in printed and "GiB" in printed
     assert "6 steps of 2 conversations (3 epochs)" in printed
     assert [path.name for path in tmp_path.iterdir()] == [finetune.REPORT]
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        finetune.parse(["--help"])
+    printed = capsys.readouterr().out
+    assert finetune.__doc__ in printed and "set.json%50" in printed
 
 
 def test_settings_come_from_a_file_and_flags_override_it(folder, tmp_path):
