@@ -236,7 +236,7 @@ def cover_first(folder):
         stream.height, stream.width, stream.pix_fmt = 96, 160, "yuv420p"
         cover = file.add_stream("mjpeg", rate=1)
         cover.height, cover.width, cover.pix_fmt = 64, 64, "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = av.stream.Disposition.attached_pic.value
         for number in range(20):
             image = frame_image(number, 96, 160)
             file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
