@@ -212,8 +212,6 @@ def choose_trained(model, model_args, args):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        base.enable_input_require_grads()  # else nothing before the first trained layer has a graph
     run_frozen_tower_without_graph(base.model.visual)
     return model
 
@@ -239,9 +237,10 @@ def add_adapters(model, model_args, parts):
 
 
 def run_frozen_tower_without_graph(visual):
-    """Frozen parts of the vision tower keep no activations, even where a hook asks for gradients.
+    """Frozen parts of the vision tower keep no activations and are not checkpointed.
 
-    Such hooks come from PEFT and the library when adapters meet activation checkpointing.
+    They would be where the library asks for gradients of the tower's input, as it does for some
+    kinds of checkpointing, and PEFT with it.
     """
     if not any(parameter.requires_grad for parameter in visual.parameters()):
         frozen = [visual]
@@ -250,7 +249,13 @@ def run_frozen_tower_without_graph(visual):
     else:
         frozen = []
     for module in frozen:
+        module.eval()  # and so it stays
+        module.train = functools.partial(_same, module)
         module.forward = torch.no_grad()(module.forward)
+
+
+def _same(module, mode=True):
+    return module
 
 
 def _trained(model):
