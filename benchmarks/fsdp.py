@@ -77,7 +77,7 @@ def make_model(folder, args):
     vision |= {"intermediate_size": 3420, "num_heads": 16, "tokens_per_second": 2}
     vision |= {"fullatt_block_indexes": [args.vision_layers - 1]}
     config = type(base)(text_config=text, vision_config=vision, **ids)
-    config.auto_map = base.auto_map
+    config.auto_map, config.name_or_path = base.auto_map, str(ROOT)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForImageTextToText.from_config(
