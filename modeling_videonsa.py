@@ -594,8 +594,8 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
 def _cache(container):
     """The key/value cache among keyword arguments or outputs, by its old or its new name."""
-    cache = container.get("cache")
-    return cache if cache is not None else container.get("past_key_values")
+    names = [name for name in ("cache", "past_key_values") if name in container]
+    return next((container[name] for name in names if container[name] is not None), None)
 
 
 def _rows(grid):
