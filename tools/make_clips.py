@@ -166,23 +166,19 @@ def _free_corner(rng, story, start, end):
 def ask(rng: random.Random, story: Story, kind: str) -> tuple[str, str] | None:
     """A question of one kind about the story and its answer; None where the kind has none."""
     scenes = story.scenes
-    scene = rng.choice(scenes)
-    if kind == "colour":
-        shapes = [scene.shape for scene in scenes]
-        alone = [scene for scene in scenes if shapes.count(scene.shape) == 1]
-        if not alone:
-            return None
-        scene = rng.choice(alone)
-        return f"What colour is the {scene.shape}?", scene.colour
+    # Shapes are named by their place, never by what else is asked about them.
+    place, scene = rng.choice((("first ", scenes[0]), ("last ", scenes[-1])))
+    if len(scenes) == 1:
+        place = ""
+    if kind == "colour":  # of several shapes, `first` and `last` ask
+        return None if place else ("What colour is the shape?", scene.colour)
     if kind == "shape":
-        return f"What shape is {scene.colour}?", scene.shape
+        return f"What is the {place}shape?", scene.shape
     if kind == "direction":
-        return f"Which way does the {scene.colour} shape move?", scene.direction
+        return f"Which way does the {place}shape move?", scene.direction
     if kind == "describe":
-        if len(scenes) == 1:
-            return "Describe the video.", _sentence(scene)
-        place, scene = rng.choice((("first", scenes[0]), ("last", scenes[-1])))
-        return f"Describe the {place} shape.", _sentence(scene)
+        what = f"{place}shape" if place else "video"
+        return f"Describe the {what}.", _sentence(scene)
     if kind == "count":
         return "How many shapes appear?", str(len(scenes))
     if kind == "first":
@@ -199,10 +195,7 @@ def ask(rng: random.Random, story: Story, kind: str) -> tuple[str, str] | None:
     if kind == "when":
         return ("When does a digit flash?", f"at {story.flash.start} s") if story.flash else None
     if kind == "origin":
-        return (
-            f"From where does the {scene.colour} shape come?",
-            f"from the {OPPOSITE[scene.direction]}",
-        )
+        return f"From where does the {place}shape come?", f"from the {OPPOSITE[scene.direction]}"
     raise ValueError(f"kind is {kind!r}; choose from {', '.join(KINDS + NEW_KINDS)}.")
 
 
