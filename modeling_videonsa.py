@@ -594,8 +594,9 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
 def _cache(container):
     """The key/value cache among keyword arguments or outputs, by its old or its new name."""
-    names = [name for name in ("cache", "past_key_values") if name in container]
-    return next((container[name] for name in names if container[name] is not None), None)
+    # Not by asking for it: newer outputs warn of the old name, even where it is not there.
+    names = ("cache", "past_key_values")
+    return next((x for name, x in container.items() if name in names and x is not None), None)
 
 
 def _rows(grid):
