@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
-from make_clips import KINDS, SAMPLED_FPS
+from make_clips import KINDS, NEW_KINDS, SAMPLED_FPS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
@@ -91,7 +91,8 @@ def measure(model, processor, folder):
         for row, answer in zip(rows, given, strict=True):
             asked[row["kind"]] += 1
             right[row["kind"]] += answer == row["conversations"][1]["value"]
-    return {kind: round(100 * right[kind] / asked[kind], 1) for kind in KINDS if asked[kind]}
+    kinds = [kind for kind in KINDS + NEW_KINDS if asked[kind]]
+    return {kind: round(100 * right[kind] / asked[kind], 1) for kind in kinds}
 
 
 def main():
@@ -102,6 +103,7 @@ def main():
     parser.add_argument("--seed", type=int, required=True, help="of the clips")
     parser.add_argument("--frames", type=int, required=True, help=f"at {SAMPLED_FPS} a second")
     parser.add_argument("--count", type=int, default=100, help="clips (default 100)")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of question, comma-separated")
     parser.add_argument("--attention", choices=("sparse", "dense"), default="sparse")
     parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
     args = parser.parse_args()
@@ -109,6 +111,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         make = [sys.executable, ROOT / "tools" / "make_clips.py", "--out", folder]
         make += ["--seed", args.seed, "--count", args.count, "--frames", args.frames]
+        make += ["--kinds", args.kinds]
         subprocess.run([str(part) for part in make], check=True, stdout=subprocess.DEVNULL)
         accuracy = measure(model, processor, Path(folder))
     for kind, share in accuracy.items():

@@ -164,11 +164,15 @@ class Layout:
         question = (row - self.answers.start).div(QUESTION_ROWS, rounding_mode="floor")
         same = (question[:, None] == question) | (question < 0)
         self.is_text = torch.cat([row[: self.vision.start], row[self.vision.stop :]])
-        self.mask = ((row <= row[:, None]) & same)[self.is_text]
+        self.dense_mask = (row <= row[:, None]) & same
+        self.text_mask = self.dense_mask[self.is_text]
 
 
 def hidden_states(p, layout, x, sparse=True):
-    """The language model's last hidden states of embedded rows x [B, rows, hidden]."""
+    """The language model's last hidden states of embedded rows x [B, rows, hidden].
+
+    With `sparse` false, vision attends densely to all before it, and the gates have no part.
+    """
     heads, groups = TEXT["num_attention_heads"], TEXT["num_key_value_heads"]
     vision, text = layout.vision, layout.is_text
     for layer in range(TEXT["num_hidden_layers"]):
@@ -179,21 +183,24 @@ def hidden_states(p, layout, x, sparse=True):
             for part, count in (("q", heads), ("k", groups), ("v", groups))
         )
         q, k = rotate(q, layout.angles), rotate(k, layout.angles)
-        gates = F.gelu(linear(p, f"{name}.self_attn.g_proj_1", h[:, vision]))
-        gates = linear(p, f"{name}.self_attn.g_proj_2", gates) / TEXT["nsa_gate_temperature"]
-        gates = gates.sigmoid().unflatten(-1, (heads, 3))
-        o = torch.empty_like(q)
-        o[:, :, vision] = sparse_attention(
-            q[:, :, vision], k[:, :, vision], v[:, :, vision], gates
-        ).to(o.dtype)
         every = [part.repeat_interleave(heads // groups, 1) for part in (k, v)]
-        o[:, :, text] = F.scaled_dot_product_attention(q[:, :, text], *every, layout.mask)
+        if sparse:
+            gates = F.gelu(linear(p, f"{name}.self_attn.g_proj_1", h[:, vision]))
+            gates = linear(p, f"{name}.self_attn.g_proj_2", gates) / TEXT["nsa_gate_temperature"]
+            gates = gates.sigmoid().unflatten(-1, (heads, 3))
+            o = torch.empty_like(q)
+            o[:, :, vision] = sparse_attention(
+                q[:, :, vision], k[:, :, vision], v[:, :, vision], gates
+            ).to(o.dtype)
+            o[:, :, text] = F.scaled_dot_product_attention(q[:, :, text], *every, layout.text_mask)
+        else:
+            o = F.scaled_dot_product_attention(q, *every, layout.dense_mask)
         x = x + linear(p, f"{name}.self_attn.o_proj", o.transpose(1, 2).flatten(2))
         x = x + gated_mlp(p, f"{name}.mlp", rms_norm(p, f"{name}.post_attention_layernorm", x))
     return rms_norm(p, "model.language_model.norm", x)
 
 
-def answer_logits(p, layout, prompt, features, questions):
+def answer_logits(p, layout, prompt, features, questions, sparse=True):
     """Logits [B, Q, QUESTION_ROWS, V]; features [B, N, hidden]; questions [B, Q, QUESTION_ROWS]."""
     table = p["model.language_model.embed_tokens.weight"]
     batch = len(features)
@@ -202,7 +209,7 @@ def answer_logits(p, layout, prompt, features, questions):
     x = torch.cat(
         [x[0], features.to(table.dtype), x[1], F.embedding(questions.flatten(1), table)], 1
     )
-    h = hidden_states(p, layout, x)[:, layout.answers]
+    h = hidden_states(p, layout, x, sparse)[:, layout.answers]
     return F.linear(h, table).unflatten(1, questions.shape[1:])
 
 
@@ -403,7 +410,7 @@ def train_tower(p, args, device):
             right.zero_()
 
 
-def clip_logits(p, prompt, batch, device, generator):
+def clip_logits(p, prompt, batch, device, generator, sparse=True):
     """Logits and labels of a batch of `clip_batch`; the tower's part has no gradient."""
     rows = batch["rows"].to(device, non_blocking=True)
     ids = batch["ids"].to(device, non_blocking=True)
@@ -413,7 +420,7 @@ def clip_logits(p, prompt, batch, device, generator):
         features = features.reshape(len(ids), -1, features.shape[-1])
     layout = make_layout(len(prompt), batch["seconds"], device)
     with autocast(device):
-        logits = answer_logits(p, layout, prompt, features, ids)
+        logits = answer_logits(p, layout, prompt, features, ids, sparse)
     return logits.float(), batch["labels"].to(device, non_blocking=True)
 
 
