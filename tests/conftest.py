@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# One thread a worker: workers share the cores, and the same run gives the same bits.
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+torch.set_num_threads(1)
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU
 
