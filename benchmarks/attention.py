@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py
     python benchmarks/attention.py --sizes 32768 --profile
+    python benchmarks/attention.py --peers cudnn flex fla
 
 The layer is timed end to end, the choice of blocks included. Its cost depends on how much of their
 choice neighbouring queries share, so it runs three times: "random" (every query picks its past
@@ -9,6 +10,10 @@ blocks independently, the worst case), "shared" (75 % of the picks are common to
 and "computed" (what random q and k choose). The first two compute the choice at full cost and then
 replace it. Milliseconds are medians of CUDA-event times after a warm-up, memory is the peak above
 the inputs.
+
+"fla" is the NSA of flash-linear-attention, where it is installed. Groups of heads must be powers of
+two from 16 there, so 28 heads are padded to 64, and it runs without the window, for which it would
+need flash-attn. It computes its own choice.
 """
 
 import argparse
@@ -39,7 +44,7 @@ def main():
     parser.add_argument("--heads", type=int, nargs=2, default=[28, 4], help="query, key/value")
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--choices", nargs="+", default=["random", "shared", "computed"])
-    parser.add_argument("--dense", nargs="*", default=["cudnn", "flash"], choices=[*DENSE])
+    parser.add_argument("--peers", nargs="*", default=["cudnn", "flash"], choices=[*PEERS])
     parser.add_argument("--profile", action="store_true", help="device time of each kernel too")
     args = parser.parse_args()
     print(
@@ -61,8 +66,8 @@ def bench(tokens, args):
     )
     gates = torch.sigmoid(torch.randn(tokens, heads, 3, device="cuda")).bfloat16()
     inputs = [x.requires_grad_() for x in (q, k, v, gates)]
-    for name in args.dense:
-        measure(tokens, name, DENSE[name], inputs[:3], do)
+    for name in args.peers:
+        measure(tokens, name, PEERS[name], inputs if name == "fla" else inputs[:3], do)
     for name in args.choices:
         with replaced_choice(name, tokens, kv_heads) as statistics:
             measure(tokens, name, layer, inputs, do)
@@ -103,10 +108,25 @@ def flex(q, k, v):
 
 
 FLEX_MASKS = {}
-DENSE = {
+
+
+def fla(q, k, v, gates):
+    from fla.ops.nsa import parallel_nsa
+
+    group = len(q[0]) // len(k[0])
+    padding = max(16, triton.next_power_of_2(group)) - group
+    q = F.pad(q.unflatten(1, (-1, group)), (0, 0, 0, padding)).flatten(1, 2)
+    gates = F.pad(gates.unflatten(1, (-1, group)), (0, 0, 0, padding)).flatten(1, 2)
+    q, k, v, gates = (x[None] for x in (q, k, v, gates))
+    o = parallel_nsa(q, k, v, gates[..., 0], gates[..., 1], block_counts=SELECTED, block_size=BLOCK)
+    return o[0].unflatten(1, (-1, group + padding))[:, :, :group].flatten(1, 2)
+
+
+PEERS = {
     "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
     "flash": sdpa(SDPBackend.FLASH_ATTENTION),
     "flex": flex,
+    "fla": fla,
 }
 
 
@@ -180,7 +200,7 @@ def measure(tokens, name, attention, inputs, do):
     repeats = 7 if tokens <= 65536 else 5
     try:
         (fwd, fwd_gib), (fwd_bwd, fwd_bwd_gib) = timed(forward, repeats), timed(both, repeats)
-    except RuntimeError as error:
+    except (RuntimeError, ImportError) as error:
         print(f"{tokens:7d} {name:16s} {str(error).splitlines()[0][:90]}", flush=True)
         return
     print(
