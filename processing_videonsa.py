@@ -3,13 +3,19 @@
 `plan_video` is the one place that decides how many frames of a video are taken, of what size, and
 how many tokens they become. `VideoFile` finds those frames in a file with PyAV, by seeking where
 that is exact. `VideoNSAVideoProcessor` and `VideoNSAProcessor` put both behind Qwen2.5-VL's calls.
+`PixelStream` stands for the pixels of videos that are decoded while the model reads them.
 """
 
 import importlib
 import math
 import os
+import queue
+import threading
+import weakref
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +38,11 @@ except ImportError:  # reading a file says so; frames that are given need no rea
 logger = logging.get_logger(__name__)
 
 BACKENDS = ("pyav", "torchcodec", "decord")
+
+# A stream decodes so many temporal steps at a time, fewer where they are large, and is so many
+# bytes of pixels ahead of what is read, or two such groups.
+GROUP_STEPS, GROUP_BYTES = 8, 16 << 20
+AHEAD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -469,6 +480,139 @@ class VideoFile:
         return ValueError(f"{self.name} {what}: {remedy}.")
 
 
+class PixelStream:
+    """The rows of `pixel_values_videos`, decoded in the background while they are read.
+
+    shape and dtype are those of the tensor that this stands for: (rows, columns), float.
+    `stream[first:last]` is these rows of it, on the CPU. Slices are taken in ascending order; one
+    may start up to `overlap` rows, a temporal step of the largest video, before the end of what
+    was read. A stream is read once.
+
+    From the first slice on a thread decodes, and waits when it is 256 MiB of pixels ahead (two
+    groups of temporal steps, where those take more). With the slice itself, the overlap and the
+    group being made, that is the host memory of a stream, however long its videos are. `close()`,
+    the end of a `with` block, an error, Ctrl-C and garbage collection stop the thread.
+
+    Raises ValueError for rows that are gone, and where it is reached for what is wrong with a
+    video and could not be known before.
+    """
+
+    def __init__(self, groups, shape, dtype, overlap, groups_ahead):
+        """groups: a function of an event that yields rows, in order, until the event is set."""
+        self.shape, self.dtype, self.overlap = tuple(shape), dtype, overlap
+        self._kept = []  # pairs (number of the first row, rows) of what may still be asked for
+        self._decoded = self._read = 0  # rows
+        self._ready, stop = queue.Queue(groups_ahead), threading.Event()
+        self._thread = threading.Thread(
+            target=_decode_groups, args=(groups, self._ready, stop), name="PixelStream", daemon=True
+        )
+        self._stop = weakref.finalize(self, _stop_decoding, self._thread, self._ready, stop)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        """Stops decoding; nothing can be read afterwards."""
+        self._stop()
+        self._kept = []
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        if not isinstance(rows, slice) or rows.step not in (None, 1):
+            raise self._refusal(f"{rows!r} is not a range of rows")
+        first, last, _ = rows.indices(len(self))
+        if not self._stop.alive:
+            raise self._refusal("it was closed, or ended with an error")
+        if first < self._read - self.overlap:
+            raise self._refusal(f"row {first} is gone after row {self._read} was read")
+        pixels = torch.empty(max(last - first, 0), self.shape[1], dtype=self.dtype, device="cpu")
+        self._read, position = max(self._read, first), first
+        try:
+            while position < last:
+                while self._decoded <= position:
+                    self._take_group()
+                for start, group in self._kept:
+                    piece = group[max(position - start, 0) : last - start]
+                    if start <= position < start + len(group):
+                        pixels[position - first :][: len(piece)] = piece
+                        position += len(piece)
+                self._read = max(self._read, position)
+                self._forget()
+        except BaseException:  # Ctrl-C too: what was taken from the queue may be lost
+            self.close()
+            raise
+        return pixels
+
+    def _take_group(self):
+        if self._thread.ident is None:
+            self._thread.start()
+        group = None
+        while group is None:
+            try:
+                group = self._ready.get(timeout=1)
+            except queue.Empty:
+                if not self._thread.is_alive() and self._ready.empty():
+                    raise RuntimeError("The thread that decodes a PixelStream is gone.") from None
+        if isinstance(group, BaseException):
+            raise group
+        self._kept.append((self._decoded, group))
+        self._decoded += len(group)
+        self._forget()
+
+    def _forget(self):
+        oldest = self._read - self.overlap
+        self._kept = [(start, group) for start, group in self._kept if start + len(group) > oldest]
+
+    def _refusal(self, what):
+        return ValueError(
+            f"A PixelStream is read once, in slices that go up, but {what}: ask the processor for "
+            "a new stream, or for a tensor (without stream=True)."
+        )
+
+    def __getattr__(self, name):
+        raise AttributeError(
+            f"A PixelStream has no {name!r}: it is no tensor, only slices [first:last] of it are. "
+            "Ask the processor for a tensor (without stream=True)."
+        )
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "A PixelStream cannot be copied or sent to another process; make it where it is read."
+        )
+
+
+# What a stream's thread runs does not refer to the stream, so that this can be garbage.
+def _decode_groups(groups, ready, stop):
+    """Puts the groups of rows into the queue `ready`, and the error that ended them, if any."""
+    try:
+        for group in groups(stop):
+            _put(group, ready, stop)
+    except BaseException as error:  # raised again by the reader
+        _put(error, ready, stop)
+
+
+def _put(item, ready, stop):
+    while not stop.is_set():
+        try:
+            return ready.put(item, timeout=0.1)
+        except queue.Full:
+            pass
+
+
+def _stop_decoding(thread, ready, stop):
+    stop.set()
+    while not ready.empty():
+        ready.get_nowait()
+    # A frame that is being decoded is waited for, an address that does not answer is not.
+    if thread.is_alive() and thread is not threading.current_thread():
+        thread.join(timeout=2)
+
+
 class _Video(str):
     """One video of a call with the settings of its message.
 
@@ -529,6 +673,7 @@ class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessor.valid_kwargs, total=Fal
     video_start, video_end: seconds, to take a part of a file.
     video_backend: "pyav", "torchcodec" or "decord".
     progress: whether a bar shows how far a file is decoded.
+    stream: whether the pixels come as a `PixelStream` (files are then read with PyAV).
     """
 
     total_pixels: int | None
@@ -539,6 +684,7 @@ class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessor.valid_kwargs, total=Fal
     video_end: float | int | None
     video_backend: str | None
     progress: bool | None
+    stream: bool | None
 
 
 class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
@@ -556,6 +702,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
     total_pixels = 128000 * 28 * 28 * 9 // 10
     max_tokens = None
     video_backend = "pyav"
+    stream = False
     cap_pixels_per_frame = False  # total_pixels does it
 
     # What a message may say of its video besides these, and is not a setting.
@@ -602,7 +749,14 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             return self._plan_file(file, limits)
 
     def preprocess(self, videos, **kwargs):
+        """Qwen2.5-VL's outputs; with stream=True the pixels are a `PixelStream` over all videos.
+
+        The files are then opened and planned in this call, and decoded while the stream is read.
+        frames_indices of video_metadata are then where frames are looked for: in a file of changing
+        rate, what is on screen there may have started earlier.
+        """
         metadata = kwargs.pop("video_metadata", None)
+        stream = kwargs.pop("stream", None)
         settings = {name: kwargs.pop(name, None) for name in (*self.SETTINGS, "size")}
         kwargs.pop("input_data_format", None)
         videos = _flatten(videos)
@@ -616,8 +770,15 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
                 f"{len(videos)} videos were given with {len(metadata)} entries of video_metadata; "
                 "give one per video."
             )
-        taken = [self._take(*pair, settings) for pair in zip(videos, metadata, strict=True)]
+        pairs = zip(videos, metadata, strict=True)
+        if self.stream if stream is None else stream:
+            return self._stream([self._open(*pair, settings) for pair in pairs], kwargs)
+        taken = [self._take(*pair, settings) for pair in pairs]
         frames, metadata = (list(column) for column in zip(*taken, strict=True))
+        return self._to_patches(frames, metadata, kwargs)
+
+    def _to_patches(self, frames, metadata, kwargs):
+        """The parent's outputs for videos of the right size, uint8 [frames, 3, height, width]."""
         return super().preprocess(
             frames,
             video_metadata=metadata,
@@ -626,6 +787,35 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             input_data_format=ChannelDimension.FIRST,
             **kwargs,
         )
+
+    def _stream(self, videos, kwargs):
+        """The outputs for videos that are open, their pixels as a stream."""
+        pair, grids, overlap, group_bytes = self.temporal_patch_size, [], 0, 1
+        steps = []  # of each video, temporal steps to a group
+        for video in videos:
+            out = self._to_patches([torch.stack(video.first)], [video.metadata], kwargs)
+            pixels, (_, height, width) = out["pixel_values_videos"], out["video_grid_thw"][0]
+            grids.append([-(-video.count // pair), int(height), int(width)])
+            steps.append(max(1, min(GROUP_STEPS, GROUP_BYTES // pixels.nbytes)))
+            group_bytes = max(group_bytes, steps[-1] * pixels.nbytes)
+            overlap = max(overlap, len(pixels))
+
+        def groups(stop):
+            for video, together in zip(videos, steps, strict=True):
+                frames = chain(video.first, video.rest)
+                while group := list(islice(frames, together * pair)):
+                    if stop.is_set():
+                        return
+                    out = self._to_patches([torch.stack(group)], [video.metadata], kwargs)
+                    yield out["pixel_values_videos"]
+
+        rows = sum(math.prod(grid) for grid in grids)
+        shape, ahead = (rows, pixels.shape[1]), max(2, AHEAD_BYTES // group_bytes)
+        out["pixel_values_videos"] = PixelStream(groups, shape, pixels.dtype, overlap, ahead)
+        out["video_grid_thw"] = torch.tensor(grids)
+        if "video_metadata" in out:
+            out["video_metadata"] = [video.metadata for video in videos]
+        return out
 
     def _limits(self, video, call):
         """Settings of one video: the message's before the call's before the processor's own."""
@@ -679,15 +869,68 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         if not isinstance(video.source, str):
             frames = self._given_frames(video)
             plan, frames, metadata = self._plan_frames(frames, metadata, limits)
-            return self._stack(frames, plan, limits), metadata
+            return torch.stack(list(self._sized(frames, plan, limits))), metadata
         if limits["video_backend"] != "pyav":
             return self._read_elsewhere(video.source, limits)
         with VideoFile(video.source) as file:
             while True:
+                plan, times = self._plan_file(file, limits), []
+                shown = self._images(file, plan, limits, times)
+                if limits["progress"]:
+                    shown = logging.tqdm(shown, **self._bar(file, plan))
                 try:
-                    return self._read(file, self._plan_file(file, limits), limits)
+                    frames = torch.stack(list(self._sized(shown, plan, limits)))
                 except Remeasure:
                     continue
+                return frames, self._metadata(file, plan, limits, times)
+
+    def _open(self, video, metadata, call):
+        """One video of which the first temporal step is there and the others are read later."""
+        limits = self._limits(video, call)
+        pair = self.temporal_patch_size
+        if not isinstance(video.source, str):
+            frames = self._given_frames(video)
+            plan, frames, metadata = self._plan_frames(frames, metadata, limits)
+            frames = self._sized(frames, plan, limits)
+            return _OpenVideo(list(islice(frames, pair)), frames, plan.frames, metadata)
+        if limits["video_backend"] != "pyav":
+            raise ValueError(
+                f"stream=True needs video_backend='pyav', not {limits['video_backend']!r}."
+            )
+        file = VideoFile(video.source)
+        while True:
+            plan = self._plan_file(file, limits)
+            frames = self._sized(self._images(file, plan, limits, []), plan, limits)
+            try:
+                # Here, so that a file that cannot be decoded is refused now, and one whose time
+                # stamps are out of order is planned again.
+                first = list(islice(frames, pair))
+            except Remeasure:
+                continue
+            rest = self._rest(file, plan, limits, frames)
+            # Times at the file's own rate; which frames there are has not been seen.
+            rate, start = file.rate, limits["video_start"] or 0
+            times = [int((start + s + file.CLOSE) * rate) / rate for s in plan.seconds]
+            metadata = self._metadata(file, plan, limits, times)
+            return _OpenVideo(first, rest, plan.frames, metadata)
+
+    def _rest(self, file, plan, limits, frames):
+        """The frames that `frames` still has, for a thread that reads them in the background."""
+        with file:
+            if limits["progress"]:
+                bar = self._bar(file, plan)
+                frames = logging.tqdm(frames, initial=self.temporal_patch_size, **bar)
+            try:
+                yield from frames
+            except Remeasure:
+                raise ValueError(
+                    f"{file.name} is not as long as its header says, or its time stamps are out of "
+                    "order, which was seen only after frames of it had been given out: read it "
+                    "without stream=True."
+                ) from None
+
+    def _bar(self, file, plan):
+        return {"total": plan.frames, "desc": f"Reading {file.name}", "leave": False}
 
     def _plan_file(self, file, limits):
         start, end = limits["video_start"] or 0, limits["video_end"] or file.duration
@@ -700,19 +943,19 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         frames = max(1, round(file.frames * (end - start) / file.duration))
         return self._plan(end - start, frames, file.height, file.width, limits)
 
-    def _read(self, file, plan, limits):
-        start, times = limits["video_start"] or 0, []
+    def _images(self, file, plan, limits, times):
+        """Yields the frames of a plan, uint8 [3, height, width]; adds their times to `times`."""
+        start = limits["video_start"] or 0
+        for time, frame in file.frames_at([start + second for second in plan.seconds]):
+            times.append(time)
+            yield torch.from_numpy(file.image(frame).copy()).permute(2, 0, 1)
 
-        def images():
-            for time, frame in file.frames_at([start + second for second in plan.seconds]):
-                times.append(time)
-                yield torch.from_numpy(file.image(frame).copy()).permute(2, 0, 1)
-
-        shown = images()
-        if limits["progress"]:
-            shown = logging.tqdm(shown, total=plan.frames, desc=f"Reading {file.name}", leave=False)
-        frames = self._stack(shown, plan, limits)
-        total, rate = round(plan.duration * file.rate), file.rate
+    def _metadata(self, file, plan, limits, times):
+        """Of the frames of a plan, which are on screen at these times."""
+        start = limits["video_start"] or 0
+        # A rate at which the frames taken are what the plan says apart.
+        total = max(1, round(plan.duration * file.rate))
+        rate = total / plan.duration
         indices = [round(time * rate) for time in times]
         if any(abs(time * rate - i) > 0.25 for time, i in zip(times, indices, strict=True)):
             # A file of changing rate has no frame number for a time: count on an even grid of
@@ -720,7 +963,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             step = max(1, round(file.frames * plan.duration / file.duration / plan.frames))
             total, rate = step * plan.frames, step * plan.frames / plan.duration
             indices = [round(start * rate) + i for i in range(0, total, step)]
-        return frames, VideoMetadata(
+        return VideoMetadata(
             total_num_frames=total,
             fps=rate,
             height=file.height,
@@ -756,7 +999,8 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
 
         frames, metadata = load_video(source, backend=backend, sample_indices_fn=choose)
         metadata.frames_indices = chosen
-        return self._stack(_channels_first(torch.as_tensor(frames)), plans[0], limits), metadata
+        frames = self._sized(_channels_first(torch.as_tensor(frames)), plans[0], limits)
+        return torch.stack(list(frames)), metadata
 
     def _given_frames(self, video):
         """The frames of a message or call, [frames, channels, height, width]."""
@@ -809,20 +1053,20 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         metadata.frames_indices = [indices[i] for i in kept]
         return plan, frames, metadata
 
-    def _stack(self, frames, plan, limits):
-        """All frames in one tensor; each is resized as it comes, so that large ones do not pile."""
-        if limits["do_resize"] is not False:
-            size = SizeDict(height=plan.height, width=plan.width)
-            return torch.stack([self._resize(frame, size) for frame in frames])
-        frames = frames if isinstance(frames, torch.Tensor) else torch.stack(list(frames))
-        height, width = frames.shape[-2:]
+    def _sized(self, frames, plan, limits):
+        """Yields each frame resized as it comes, so that large ones do not pile."""
+        size = SizeDict(height=plan.height, width=plan.width)
         factor = self.patch_size * self.merge_size
-        if height % factor or width % factor:
-            raise ValueError(
-                f"do_resize is False, but {height}x{width} pixels are not multiples of {factor}; "
-                "resize the frames to such a size or leave do_resize out."
-            )
-        return frames
+        for frame in frames:
+            height, width = frame.shape[-2:]
+            if limits["do_resize"] is not False:
+                frame = self._resize(frame, size)
+            elif height % factor or width % factor:
+                raise ValueError(
+                    f"do_resize is False, but {height}x{width} pixels are not multiples of "
+                    f"{factor}; resize the frames to such a size or leave do_resize out."
+                )
+            yield frame
 
     def _resize(self, frame, size):
         """One frame [channels, height, width], as the parent resizes a whole video."""
@@ -830,6 +1074,19 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             return frame
         # Two classes up: the parent's own method works out a size first.
         return super(Qwen2VLVideoProcessor, self).resize(frame, size=size, resample=self.resample)
+
+
+class _OpenVideo(NamedTuple):
+    """A video that is read later.
+
+    first: the frames of its first temporal step, uint8 [3, height, width] each.
+    rest: an iterator over the frames after those.  count: of all frames.
+    """
+
+    first: list
+    rest: object
+    count: int
+    metadata: VideoMetadata
 
 
 def _spread(total, count) -> list[int]:
