@@ -185,29 +185,6 @@ def test_files_hold_what_their_rows_say(tmp_path):
         assert (near < 25).sum() > 150
 
 
-def test_turns_make_conversations_of_the_same_questions(tmp_path):
-    settings = ["--seed", "2", "--count", "6", "--frames", "8"]
-    run(tmp_path / "one", *settings)
-    run(tmp_path / "many", *settings, "--turns", "4")
-    asked = {name: [] for name in ("one", "many")}
-    lengths, orders = set(), set()
-    for name, pairs in asked.items():
-        for line in (tmp_path / name / "clips.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            turns = row["conversations"]
-            values = [turn["value"] for turn in turns]
-            assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-            assert [i for i, value in enumerate(values) if "<video>" in value] == [0]
-            values[0] = values[0].removeprefix("<video>")
-            questions = list(zip(values[::2], values[1::2], strict=True))
-            pairs += [(row["video"], *pair) for pair in questions]
-            if name == "many":
-                lengths.add(len(questions))
-                orders.add(row["kind"])
-    assert sorted(asked["one"]) == sorted(asked["many"])
-    assert max(lengths) == 4 and len(orders) > 6  # in another order for every clip
-
-
 def test_frames_must_come_in_pairs(tmp_path):
     with pytest.raises(SystemExit):
         run(tmp_path, "--seed", "1", "--count", "1", "--frames", "7")

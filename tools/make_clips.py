@@ -305,17 +305,6 @@ def write_video(path, frames: torch.Tensor, fps: int):
         container.mux(stream.encode())
 
 
-def _row(index, video, turns):
-    """The row of one conversation; turns: (kind, question, answer), the video with the first."""
-    kinds, conversations = "-".join(kind for kind, _, _ in turns), []
-    for _, question, answer in turns:
-        tag = "" if conversations else "<video>"
-        conversations.append({"from": "human", "value": f"{tag}{question}"})
-        conversations.append({"from": "gpt", "value": answer})
-    name = f"{index:06d}-{kinds}"
-    return {"id": name, "kind": kinds, "video": video, "conversations": conversations}
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -326,7 +315,6 @@ def main(arguments=None):
     parser.add_argument("--frames", required=True, type=int, help="at 2 a second; an even number")
     parser.add_argument("--fps", type=int, default=10, help="of the files (default 10)")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of question, comma-separated")
-    parser.add_argument("--turns", type=int, default=1, help="questions a row (default 1)")
     args = parser.parse_args(arguments)
     if args.frames < 2 or args.frames % 2:
         parser.error(f"--frames is {args.frames}; give an even number: 2 a second.")
@@ -340,14 +328,21 @@ def main(arguments=None):
             name = f"videos/{index:06d}.mp4"
             frames = render(story, args.fps, seed=rng.getrandbits(32))
             write_video(args.out / name, frames, args.fps)
-            asked = [(kind, ask(rng, story, kind)) for kind in args.kinds.split(",")]
-            asked = [(kind, *one) for kind, one in asked if one is not None]
-            if args.turns > 1:
-                rng.shuffle(asked)
-            for first in range(0, len(asked), args.turns):
-                turns = asked[first : first + args.turns]
-                jsonl.write(json.dumps(_row(index, name, turns)) + "\n")
-            questions += len(asked)
+            for kind in args.kinds.split(","):
+                asked = ask(rng, story, kind)
+                if asked is None:
+                    continue
+                row = {
+                    "id": f"{index:06d}-{kind}",
+                    "kind": kind,
+                    "video": name,
+                    "conversations": [
+                        {"from": "human", "value": f"<video>{asked[0]}"},
+                        {"from": "gpt", "value": asked[1]},
+                    ],
+                }
+                jsonl.write(json.dumps(row) + "\n")
+                questions += 1
     print(f"{args.count} clips of {args.frames} frames, {questions} questions: {args.out}")
 
 
