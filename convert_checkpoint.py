@@ -45,6 +45,7 @@ CODE_FILES = (
     "nsa_kernels_selected.py",
     "nsa_kernels_window.py",
     "processing_videonsa.py",
+    "forecast_videonsa.py",
     "ask.py",
     "finetune.py",
     "finetuning_data.py",

@@ -1,0 +1,117 @@
+"""The forecast of a run: exact where it can be, and what it says when a run does not fit."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from videonsa.configuration_videonsa import VideoNSAConfig
+from videonsa.forecast_videonsa import GIB, cache_bytes, count_parameters, forecast
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+
+ROOT = Path(__file__).parents[1]
+VISION_7B = {"hidden_size": 1280, "out_hidden_size": 3584, "intermediate_size": 3420, "depth": 32}
+TEXT_3B = {
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+}
+
+
+def seven_billion():
+    return VideoNSAConfig(vision_config=VISION_7B, tie_word_embeddings=False)
+
+
+CONFIGS = {
+    "7B": seven_billion,
+    "3B": lambda: VideoNSAConfig(
+        vision_config={**VISION_7B, "out_hidden_size": 2048},
+        text_config={**TEXT_3B, "tie_word_embeddings": True},
+        tie_word_embeddings=True,
+    ),
+    "at the root": lambda: AutoConfig.from_pretrained(ROOT, trust_remote_code=True),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_counted_exactly(name):
+    config = CONFIGS[name]()
+    with torch.device("meta"):
+        model = VideoNSAForConditionalGeneration(config)
+    model.tie_weights()
+    assert count_parameters(config) == sum(weight.numel() for weight in model.parameters())
+    assert name != "7B" or round(count_parameters(config) / 1e9, 2) == 8.66
+
+
+def test_the_cache_is_counted_exactly():
+    model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True)
+    cache = model(torch.arange(10, 17)[None], use_cache=True, return_dict=True)
+    cache = cache["cache" if "cache" in cache else "past_key_values"]
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache_bytes(model.config, 7, model.dtype) == held
+
+
+def test_seven_billion_at_128k():
+    seen = forecast(seven_billion(), 131072, vision_tokens=131000, new_tokens=256)
+    assert (seen.tokens, seen.vision_tokens) == (131328, 131000)
+    assert seen.weights == pytest.approx(16.13, abs=0.01)
+    assert seen.cache == pytest.approx(28 * 2048 * 131328 / GIB)
+    assert seen.weights + seen.cache < seen.peak < seen.weights + seen.cache + 8
+    assert seen.fits is None and seen.remedies() == ""
+    assert seen.describe() == (
+        f"131,328 tokens: 16.1 GiB weights + 7.0 GiB cache, peak {seen.peak:.1f} GiB"
+    )
+
+
+def test_a_peak_grows_with_the_chunk_until_it_is_full_and_then_with_the_cache():
+    config = seven_billion()
+    peaks = [
+        forecast(config, tokens, vision_tokens=tokens).peak
+        - forecast(config, tokens, vision_tokens=tokens).cache
+        for tokens in (64, 4096, 32768, 65536)
+    ]
+    assert peaks[0] < peaks[1] < peaks[2]
+    assert peaks[3] - peaks[2] < 0.2
+    text, video = forecast(config, 65536), forecast(config, 65536, vision_tokens=65536)
+    assert text.peak < video.peak
+
+
+def test_what_would_fit_does_and_a_little_more_does_not():
+    config, text = seven_billion(), 500
+    asked = {"new_tokens": 100, "available": 40 * GIB}
+    large = forecast(config, 10**6, vision_tokens=10**6 - text, **asked)
+    assert large.fits is False and large.offloaded
+    assert large.describe().endswith("GiB of 40.0 GiB, does not fit")
+    vision = large.fitting_vision_tokens
+    assert forecast(config, vision + text, vision_tokens=vision, **asked).fits
+    assert not forecast(config, vision + text + 1, vision_tokens=vision + 1, **asked).fits
+    share = vision / (10**6 - text)
+    assert large.remedies(frames=1000) == (
+        f"at most {vision:,} vision tokens fit: {int(1000 * share)} of the 1000 frames, or frames "
+        f"of {share:.0%} of the pixels; "
+        'generate(..., cache_implementation="offloaded") keeps the cache off it'
+    )
+    small = forecast(config, 1000, vision_tokens=500, **asked)
+    assert small.fits and small.remedies() == "" and small.fitting_vision_tokens == 500
+    none = forecast(config, 1000, vision_tokens=500, available=GIB)
+    assert none.fitting_tokens == 0 and none.offloaded is False
+    assert none.remedies(8).startswith("not even the weights and a short prompt fit")
+    text_only = forecast(config, 10**6, available=40 * GIB)
+    assert text_only.remedies().startswith(f"at most {text_only.fitting_tokens:,} tokens fit;")
+
+
+def test_the_dtype_is_that_of_weights_and_cache():
+    half, full = (forecast(seven_billion(), 8192, dtype=x) for x in (torch.bfloat16, torch.float32))
+    assert (full.weights, full.cache) == (2 * half.weights, 2 * half.cache)
+    assert dataclasses.asdict(half)["tokens"] == 8192
+
+
+@pytest.mark.gpu
+def test_a_device_is_asked_for_its_free_memory():
+    seen = forecast(seven_billion(), 1000, device="cuda")
+    assert 0 < seen.available <= torch.cuda.mem_get_info()[1] / GIB
