@@ -91,7 +91,7 @@ def _named(text, words):
     """Letters of the options whose words stand in `text`, not inside those of a longer option."""
     found = {}
     for letter, option in sorted(words.items(), key=lambda item: -len(item[1])):
-        match = option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text)
+        match = option and re.search(rf"(?<!\w)(?<!\d\.){re.escape(option)}(?!\w|\.\d)", text)
         if match:
             text = text[: match.start()] + " \n " + text[match.end() :]
             found[letter] = match

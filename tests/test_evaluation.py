@@ -1,0 +1,422 @@
+"""evaluation.py through lmms-eval's own code: scores, manifests, what is kept, what is refused."""
+
+import inspect
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lmms_eval", reason="needs requirements-eval.txt")
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # where a script finds the files beside it
+from lmms_eval.tasks import TaskManager, get_task_dict  # noqa: E402
+
+import evaluation  # noqa: E402
+from evaluation_attention import WrongAttention  # noqa: E402
+
+import clips  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def task(home):
+    folder = str(ROOT / "benchmarks" / "clips")
+    manager = TaskManager(include_path=folder, include_defaults=False, model_name="videonsa")
+    task = get_task_dict(["clips_8"], manager, "chat")["clips_8"]
+    task.build_all_requests(limit=4)
+    return task
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Makes models that keep their answers in this test's folder."""
+    monkeypatch.setattr(evaluation.VideoNSA, "answers", tmp_path / "answers")
+
+    def load(folder=ROOT, **arguments):
+        return evaluation.VideoNSA(str(folder), **arguments)
+
+    return load
+
+
+def answer(model, task, requests=None):
+    model.task_dict = {"clips_8": task.dataset}
+    return [given.text for given in model.generate_until(requests or task.instances)]
+
+
+def copy_checkpoint(folder):
+    """The root checkpoint's files alone, to be changed."""
+    folder.mkdir()
+    for pattern in ("*.json", "*.py", "*.jinja", "model.safetensors"):
+        for file in ROOT.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def edit(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def again(model):
+    return [bool(record.get("again")) for record in model.records]
+
+
+def stand_ins(folder):
+    """Data in the layout of MLVU's and Video-MME's repositories; returns (folder, HF_HOME).
+
+    `datasets` takes a folder of a repository's name for the repository, and lmms-eval does not
+    download videos that lie where it would unpack them.
+    """
+    home = folder / "home"
+    mlvu, videomme = folder / "sy1998" / "MLVU_Test", folder / "lmms-eval" / "Video-MME"
+    for place in (mlvu, videomme, home / "mlvu_test", home / "videomme" / "data"):
+        place.mkdir(parents=True)
+    options = ["red", "green", "blue", "white"]
+    listed = [f"({letter}) {option}" for letter, option in zip("ABCD", options, strict=True)]
+    rows = [
+        {
+            "video_name": f"{index}.mp4",
+            "duration": 2.0,
+            "question": "\n".join(["What colour is the top left?", *listed]),
+            "candidates": options,
+            "answer": "A",
+            "task_type": "count",
+            "question_id": f"q{index}",
+        }
+        for index in range(8)
+    ]
+    for index in range(6):
+        clips.write_clip(home / "mlvu_test" / f"{index}.mp4", 20)
+    (home / "mlvu_test" / "6.mp4").write_bytes(b"")  # and there is no 7.mp4
+    (mlvu / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    clips.write_clip(home / "videomme" / "data" / "v.mp4", 20)
+    row = {
+        "video_id": "001",
+        "videoID": "v",
+        "duration": "short",
+        "domain": "Knowledge",
+        "sub_category": "Law",
+        "task_type": "OCR Problems",
+        "url": "",
+        "question_id": "001-1",
+        "question": "What colour is the top left?",
+        "options": [f"{mark}. {option}." for mark, option in zip("ABCD", options, strict=True)],
+        "answer": "A",
+    }
+    (videomme / "test.jsonl").write_text(json.dumps(row))
+    return folder, home
+
+
+def test_stock_tasks_run_and_a_killed_run_goes_on(tmp_path):
+    folder, home = stand_ins(tmp_path)
+    command = [sys.executable, ROOT / "evaluation.py", "--model", ROOT, "--preset", "mlvu"]
+    command += ["--tasks", "mlvu_test,videomme", "--output_path", tmp_path / "out"]
+    command += ["--model_args", "num_frames=4,min_pixels=784,max_pixels=12544"]
+    command = list(map(str, command))
+    settings = {
+        "cwd": folder,
+        "env": {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.PIPE,
+    }
+    process = subprocess.Popen(command, **settings)
+    answers = tmp_path / "out" / "answers"
+    while not any(file.stat().st_size for file in answers.glob("*/*.jsonl")):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list((tmp_path / "out").rglob("*_results.json"))
+
+    done = subprocess.run(command, **settings)
+    assert done.returncode == 0, done.stderr.decode()
+    (manifest,) = [read(f) for f in (tmp_path / "out").rglob("*_manifest_mlvu_test.json")]
+    (other,) = [read(f) for f in (tmp_path / "out").rglob("*_manifest_videomme.json")]
+    kept = manifest["samples"].pop("from_an_earlier_run")
+    kept += other["samples"].pop("from_an_earlier_run")
+    assert 1 <= kept < 7
+    assert manifest["samples"] == {"scored": 8, "of": 8, "answered": 6, "undecodable": 2}
+    reasons = [sample["reason"] for sample in manifest["undecodable"]]
+    assert "6.mp4 is empty" in reasons[0] and "7.mp4 does not exist" in reasons[1]
+    assert list(manifest["scores"]) == ["mlvu_percetion_score"]
+    assert list(other["scores"]) == ["videomme_perception_score"]
+    assert manifest["multiple_choice"]["questions"] == 8
+    assert (
+        manifest["per_sample"][0]["videos"]
+        == [{"frames": 4, "height": 112, "width": 112, "fps": 2.0, "tokens": 32}]
+        or manifest["per_sample"][0]["videos"][0]["frames"] == 4
+    )
+    assert manifest["proof"]["sparse_share_of_tokens"] == 1
+    assert manifest["preset"]["yours"]["num_frames"] == "4"
+    (applied,) = manifest["generation"]["by_task"]
+    assert applied["applied"]["max_new_tokens"] == 16
+    assert manifest["settings"]["video"]["total_pixels"] == 90316800
+
+
+def read(file):
+    return json.loads(file.read_text())
+
+
+def run(tmp_path, *arguments):
+    common = ["--model", ROOT, "--tasks", "clips_8", "--limit", 2, "--output_path", tmp_path]
+    return evaluation.main(list(map(str, [*common, *arguments])))
+
+
+def test_a_dense_run_says_so_and_the_table_has_both(tmp_path, capsys):
+    assert run(tmp_path, "--attention", "dense") == 0
+    (manifest,) = [read(file) for file in tmp_path.rglob("*_manifest_clips_8.json")]
+    assert manifest["settings"]["attention"]["asked"] == "dense"
+    assert not any(manifest["settings"]["attention"]["gates"].values())
+    assert manifest["proof"]["sparse_tokens_by_layer"] == [0] * 4
+    assert manifest["proof"]["vision_tokens"] == 2 * 64
+    assert manifest["samples"]["scored"] == 2 and manifest["samples"]["of"] == 80
+
+    assert run(tmp_path, "--branches", "compressed,window", "--window", 16) == 0
+    capsys.readouterr()
+    assert evaluation.main(["--compare", str(tmp_path)]) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert ", dense" in head and ", sparse, compressed+window, b4 w16" in head
+    assert "| clips_8 | samples | 2 of 80 | 2 of 80 |" in rows
+
+
+def test_attention_forced_dense_ends_the_run_without_a_score(tmp_path, capsys):
+    folder = copy_checkpoint(tmp_path / "forced")
+    # Every row through the dense function, as if there were only text.
+    edit(
+        folder / "modeling_videonsa.py",
+        "        plan = make_plan(\n            nsa_vision,",
+        "        plan = make_plan(\n            torch.zeros_like(nsa_vision),",
+    )
+    assert run(tmp_path / "out", "--model", folder) == 1
+    assert "0 to 0 went through the sparse attention" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*_results.json"))
+    assert not list((tmp_path / "out").rglob("*_manifest_*.json"))
+
+
+def test_a_dense_model_inside_is_noticed_at_the_first_answer(load, task):
+    model = load()
+    evaluation.make_dense(model.model.model.language_model)
+    with pytest.raises(WrongAttention):
+        answer(model, task)
+    assert not list(model.journal.folder.glob("*"))
+
+
+def test_answers_are_kept_and_used_once(load, task):
+    first = load()
+    given = answer(first, task)
+    assert given == [doc["answer"] for doc in task.dataset["test"].select(range(4))]
+    assert again(first) == [False] * 4
+    (file,) = first.journal.folder.glob("*.jsonl")
+    lines = file.read_text().splitlines(keepends=True)
+    # A half-written line, and an answer that two processes gave.
+    file.write_text("".join(lines[:3]) + lines[0] + lines[3][:50])
+    second = load()
+    assert answer(second, task) == given
+    assert again(second) == [True, True, True, False]
+    third = load()
+    assert answer(third, task) == given and again(third) == [True] * 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window": 16},
+        {"blocks": 3},
+        {"branches": "selected"},
+        {"attention": "dense"},
+        {"max_pixels": 3136},
+        {"dtype": "bfloat16"},
+        {"batch_size": 2},
+    ],
+    ids=str,
+)
+def test_a_changed_setting_takes_no_old_answer(load, change):
+    before = load(fps=2)
+    assert load(fps=2).fingerprint == before.fingerprint
+    assert load(fps=2, **change).fingerprint != before.fingerprint
+
+
+def test_other_weights_take_no_old_answer_wherever_they_lie(load, tmp_path):
+    folder = copy_checkpoint(tmp_path / "copy")
+    copied = load(folder)
+    assert copied.settings["checkpoint"]["weights"] == load().settings["checkpoint"]["weights"]
+    copied.model.model.language_model.layers[0].self_attn.g_proj_2.bias.data[0] += 0.5
+    assert evaluation.weights_digest(copied.model) != copied.settings["checkpoint"]["weights"]
+    # The code that runs, which is transformers' copy of the checkpoint's.
+    code = Path(inspect.getfile(type(copied.model))).with_name("nsa_reference.py")
+    edit(code, "The three branches", "Its three branches")
+    assert evaluation.code_digest(copied.model) != copied.settings["code"]
+
+
+def test_an_asked_question_is_part_of_its_key(load, task):
+    model = load()
+    answer(model, task)
+    request = task.instances[0]
+    arguments = list(request.arguments)
+    arguments[2] = {**arguments[2], "max_new_tokens": 1}
+    kept, request.arguments = request.arguments, tuple(arguments)
+    try:
+        answer(model, task, [request])
+    finally:
+        request.arguments = kept
+    assert again(model) == [False]
+
+
+def test_a_batch_answers_as_its_samples_alone(load, task):
+    assert answer(load(batch_size=3), task) == answer(load(), task)
+
+
+def test_what_the_checkpoint_brings_does_not_leak_in(load, task, tmp_path):
+    folder = copy_checkpoint(tmp_path / "brings")
+    settings = read(folder / "generation_config.json")
+    hidden = {"top_k": 1, "repetition_penalty": 1.5, "temperature": 1e-6, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps({**settings, **hidden}))
+    model = load(folder)
+    given = answer(model, task)
+    assert given == answer(load(), task)
+    assert model.brought["overridden"] == {**hidden, "max_new_tokens": 64}
+    assert model.brought["kept"]["eos_token_id"] == [1004, 1002]
+
+
+def test_generation_settings_are_applied_or_said_to_have_no_effect():
+    greedy = evaluation.generation_settings(
+        {"max_new_tokens": 16, "temperature": 0.0, "top_p": 1.0, "until": ["\n\n"], "frames": 8}
+    )
+    assert greedy["applied"] == {"max_new_tokens": 16, "num_beams": 1, "do_sample": False}
+    assert greedy["without_effect"] == {"temperature": 0.0, "top_p": 1.0, "frames": 8}
+    assert greedy["until"] == []
+    drawn = evaluation.generation_settings({"temperature": 0.7, "top_p": 0.9, "until": "END"})
+    assert drawn["applied"]["do_sample"] and drawn["applied"]["temperature"] == 0.7
+    assert drawn["without_effect"] == {} and drawn["until"] == ["END"]
+
+
+def test_drawn_answers_are_drawn_alike_after_a_restart(load, task, tmp_path):
+    requests = task.instances[:3]
+    kept = [request.arguments for request in requests]
+    for request in requests:
+        words, messages, _, *rest = request.arguments
+        drawn = {"do_sample": True, "temperature": 50.0, "max_new_tokens": 6}
+        request.arguments = (words, messages, drawn, *rest)
+    try:
+        given = answer(load(), task, requests)
+        shutil.rmtree(tmp_path / "answers")
+        assert answer(load(), task, requests[2:]) == given[2:]
+    finally:
+        for request, arguments in zip(requests, kept, strict=True):
+            request.arguments = arguments
+    assert len(set(given)) == 3  # at that temperature they are noise
+
+
+def test_paddings_between_processes_are_not_answered(load, task):
+    model = load()
+    padding = evaluation.harness.evaluator._clone_padding_request(task.instances[0])
+    assert answer(model, task, [padding]) == [""]
+    assert model.records == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"frames": 8}, "model_args have frames, which nothing reads"),
+        ({"attention": "full"}, "choose sparse or dense"),
+        ({"branches": "sliding"}, "choose from compressed, selected, window"),
+        ({"blocks": 0}, "nsa_num_selected_blocks is 0"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_refused(load, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load(**arguments)
+
+
+def test_a_qwen_is_refused(load, tmp_path):
+    folder = copy_checkpoint(tmp_path / "qwen")
+    config = read(folder / "config.json")
+    del config["auto_map"]
+    config["model_type"], config["text_config"]["model_type"] = "qwen2_5_vl", "qwen2_5_vl_text"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is a qwen2_5_vl, which has no sparse attention"):
+        load(folder)
+
+
+def test_nothing_readable_is_an_error():
+    records = [{"task": "a", "error": "x.mp4 is empty"}, {"task": "b", "error": None}]
+    with pytest.raises(RuntimeError, match="none of the 1 samples of a could be read.*empty"):
+        evaluation.refuse_all_unreadable(records)
+
+
+def test_lmms_evals_cache_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main(["--model", str(ROOT), "--tasks", "clips_8", "--use_cache", "x"])
+    assert "old answers of other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "tokens", "new"),
+    [
+        ("longvideobench", 256, 512, 32),
+        ("longtimescope", 512, 128, 16),
+        ("timescope", 2048, 64, 16),
+        ("mlvu", 512, 128, 16),
+        ("vsibench", 128, 256, 16),
+    ],
+)
+def test_presets_are_the_papers(name, frames, tokens, new):
+    options, others = evaluation.parse_arguments(["--model", "m", "--preset", name])
+    arguments, record = evaluation.harness_arguments(options, others)
+    model_args = arguments[arguments.index("--model_args") + 1].split(",")
+    assert f"num_frames={frames}" in model_args and f"max_pixels={tokens * 784}" in model_args
+    assert arguments[arguments.index("--gen_kwargs") + 1] == f"max_new_tokens={new}"
+    assert "max_pixels" in record["paper"] and "num_frames" in record["ours"]
+
+
+def test_what_a_user_says_wins_over_the_preset():
+    command = "--model m --preset mlvu --model_args fps=1,max_num_frames=64 --limit 3"
+    options, others = evaluation.parse_arguments([*command.split(), "--gen_kwargs", "top_p=1"])
+    arguments, record = evaluation.harness_arguments(options, others)
+    model_args = dict(
+        pair.split("=") for pair in arguments[arguments.index("--model_args") + 1].split(",")
+    )
+    assert model_args["fps"] == "1" and model_args["max_frames"] == "64"
+    assert "num_frames" not in model_args and model_args["max_pixels"] == "100352"
+    assert record["yours"] == {"fps": "1", "max_frames": "64"}
+    assert arguments[-2:] == ["--limit", "3"]
+    assert "max_new_tokens=16,top_p=1" in arguments
+
+
+def test_the_clips_cover_every_kind_and_depth(task):
+    docs = task.dataset["test"]
+    assert len(docs) == 80 and len(set(zip(docs["clip"], docs["question"], strict=True))) >= 60
+    needles = [depth for depth in docs["depth"] if depth >= 0]
+    assert sorted(set(needles)) == [0, 1, 2, 3] and len(needles) == 20
+    assert docs["kind"].count("order") == 10
+
+
+def test_the_long_clips_ask_for_letters_and_have_their_tokens(home, load):
+    folder = str(ROOT / "benchmarks" / "clips")
+    manager = TaskManager(include_path=folder, include_defaults=False, model_name="videonsa")
+    task = get_task_dict(["clips_4k"], manager, "chat")["clips_4k"]
+    doc = task.dataset["test"][0]
+    assert "\nB. " in doc["question"] and doc["answer"] in "ABCD"
+    right = doc["choices"]["ABCD".index(doc["answer"])]
+    assert task.process_results(doc, [f"I think it is {right}."])["accuracy"] == 1
+    assert task.process_results(doc, ["E"])["accuracy"] == 0
+    preset = evaluation.PRESETS["clips"].ours
+    processor = load().processor
+    plan = processor.video_processor.plan(task.doc_to_visual(doc)[0], **preset)
+    assert (plan.frames, plan.height, plan.width, plan.tokens) == (32, 448, 448, 4096)

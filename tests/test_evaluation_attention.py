@@ -1,0 +1,99 @@
+"""The witness counts what the sparse attention computes, not what a configuration promises."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import Prompts, make_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where a script finds the files beside it
+from evaluation_attention import BRANCHES, Witness, WrongAttention, check, make_dense  # noqa: E402
+
+VISION = [24, 15, 0]  # vision tokens of the rows below
+
+
+def answer(model, witness, **settings):
+    prompts = Prompts()
+    rows = [
+        prompts.row(3, ("video", 4, 2, 3), 4),
+        prompts.row(2, ("image", 3, 3), 1, ("video", 1, 2, 3), 3),
+        prompts.row(7),
+    ]
+    witness.clear()
+    with witness, torch.no_grad():
+        output = model.generate(
+            **prompts.batch(*rows), do_sample=False, max_new_tokens=3, pad_token_id=0, **settings
+        )
+    return output[:, -3:], witness.reports(VISION)
+
+
+def test_every_vision_token_of_every_layer_is_counted_for_its_row():
+    model = make_model()
+    _, reports = answer(model, Witness(model))
+    assert [report["sparse_tokens_by_layer"] for report in reports] == [[n, n] for n in VISION]
+    assert reports[0]["functions"] == ["nsa_reference"]
+    assert reports[0]["settings"] == {"block_size": 4, "num_selected": 2, "window_size": 5}
+    for report in reports:
+        check(report, "sparse")
+    with pytest.raises(WrongAttention, match="dense attention was asked for, but of 24"):
+        check(reports[0], "dense")
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"prefill_chunk_size": 7}], ids=str)
+def test_beams_and_chunks_do_not_confuse_the_count(settings):
+    model = make_model()
+    _, reports = answer(model, Witness(model), **settings)
+    for report in reports:
+        check(report, "sparse")
+
+
+def test_a_dense_run_is_not_taken_for_a_sparse_one():
+    model = make_model()
+    witness = Witness(model)
+    make_dense(model.model.language_model)
+    _, reports = answer(model, witness)
+    check(reports[0], "dense")
+    with pytest.raises(WrongAttention, match="0 to 0 went through the sparse attention"):
+        check(reports[0], "sparse")
+
+
+def test_one_dense_layer_is_noticed():
+    model = make_model()
+    layer = model.model.language_model.layers[1].self_attn
+    witness = Witness(model)
+    layer._attend = lambda query, *rest: torch.zeros_like(query.transpose(1, 2))
+    _, reports = answer(model, witness)
+    assert reports[0]["sparse_tokens_by_layer"] == [24, 0]
+    with pytest.raises(WrongAttention, match="0 to 24 went through"):
+        check(reports[0], "sparse")
+
+
+def test_it_leaves_the_model_as_it_was():
+    model = make_model()
+    witness = Witness(model)
+    before = witness.code._attention_functions
+    first, _ = answer(model, witness)
+    assert witness.code._attention_functions is before
+    assert not any(layer._forward_pre_hooks for layer in witness.layers)
+    second, _ = answer(model, Witness(model))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_a_closed_branch_has_no_part_in_the_output(branch):
+    model = make_model()
+    _, open_all = answer(model, Witness(model))
+    _, reports = answer(model, Witness(model, (branch,)))
+    gates = reports[0]["mean_gates"]
+    assert [name for name in BRANCHES if gates[name]] == [branch]
+    assert all(open_all[0]["mean_gates"].values())
+    for layer in model.model.language_model.layers:  # a gate of about 0 by its bias does the same
+        bias = layer.self_attn.g_proj_2.bias.data.view(-1, 3)
+        for index, name in enumerate(BRANCHES):
+            if name != branch:
+                bias[:, index] = -1e4
+    by_bias, _ = answer(model, Witness(model))
+    model = make_model()
+    by_witness, _ = answer(model, Witness(model, (branch,)))
+    assert torch.equal(by_bias, by_witness)
