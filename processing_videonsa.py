@@ -222,6 +222,8 @@ class VideoFile:
     IN_ORDER = ("avi", "mpeg")
     # Two times closer than this are one; containers round to a millisecond.
     CLOSE = 1e-3
+    # Frames that decode faster than a seek past them.
+    WORTH_SEEKING = 10
 
     def __init__(self, source: str):
         if av is None:
@@ -279,10 +281,13 @@ class VideoFile:
         if held is None:
             raise self._error("has no frame that can be decoded")
         for second in seconds:
+            key = self._key_before(second)
             while ahead is not None and ahead[0] <= second + self.CLOSE:
                 held = ahead
-                if not self.in_order and second - held[0] > self.key_gap:
+                gap = second - held[0] > self.key_gap
+                if not self.in_order and (gap or key - held[0] > self.WORTH_SEEKING / self.rate):
                     held, frames = self._seek(second)
+                    key = -math.inf
                 ahead = next(frames, None)
             time, frame, _ = held
             if ahead is None:
@@ -301,6 +306,15 @@ class VideoFile:
             self.duration = last + 1 / self.rate
             raise Remeasure
         raise self._error(f"can be read only up to {last:.1f} s of {self.duration:.1f} s")
+
+    def _key_before(self, second):
+        """The time, roughly, of the last key frame up to `second`; -inf where no index tells."""
+        entries = getattr(self.stream, "index_entries", None)  # newer PyAV
+        if entries is None or not self.stamped:
+            return -math.inf
+        stamp = self.start + int(second / self.tick)
+        index = entries.search_timestamp(stamp, backward=True)
+        return (entries[index].timestamp - self.start) * self.tick if index >= 0 else -math.inf
 
     def _seek(self, second):
         """A frame at or before `second` and the ones that follow it; seeks can land too late."""

@@ -269,6 +269,19 @@ def test_seeking_gives_the_pictures_that_decoding_everything_gives(folder, name)
     assert len(decoded) < 0.8 * LONG
 
 
+@pytest.mark.skipif(
+    not hasattr(av.stream.Stream, "index_entries"), reason="this PyAV does not show the index"
+)
+def test_a_key_frame_on_the_way_is_jumped_to(folder):
+    """Though the frames that are wanted are no further apart than key frames can be."""
+    path = clips.write_clip(folder / "keys.mp4", LONG, options={"g": "50", "bf": "3"})
+    with VideoFile(str(path)) as file:
+        decoded = count_decoded(file)
+        shown = [file.image(frame) for _, frame in file.frames_at([5.2 * i for i in range(9)])]
+    assert [clips.number_in(image) for image in shown] == [52 * i for i in range(9)]
+    assert len(decoded) < 0.3 * LONG
+
+
 @pytest.mark.parametrize("name", IN_ORDER)
 def test_what_cannot_be_sought_is_decoded_in_order_once(folder, name, caplog):
     path = clips.write_clip(folder / name, 60, **IN_ORDER[name])
