@@ -570,7 +570,8 @@ def write_manifests(model, args, results, samples):
                 "config": digest(results["configs"][task]),
                 "settings": results["configs"][task].get("dataset_kwargs"),
                 "documents": results.get("task_hashes", {}).get(task),
-                **dataset_of(model.task_dict[task]),
+                "dataset": results["configs"][task].get("dataset_path"),
+                "revision": revision_of(model.task_dict[task]),
             },
             "date": results["date"],
             "command": args.command,
@@ -605,13 +606,11 @@ def distinct(items):
     return list({json.dumps(item, sort_keys=True): item for item in items}.values())
 
 
-def dataset_of(dataset):
-    """Where a task's documents came from: {"dataset", "revision"}; a revision only from the Hub."""
-    split = next(iter(dataset.values()))
-    sources = list(split.info.download_checksums or {})
-    revisions = {s.split("@", 1)[1].split("/")[0] for s in sources if s.startswith("hf://")}
-    name = split.info.dataset_name or split.info.builder_name
-    return {"dataset": name, "revision": ", ".join(sorted(revisions)) or None}
+def revision_of(dataset):
+    """The commit that a task's documents came from on the Hub; None for others."""
+    sources = list(next(iter(dataset.values())).info.download_checksums or {})
+    found = {s.split("@", 1)[1].split("/")[0] for s in sources if s.startswith("hf://")}
+    return ", ".join(sorted(found)) or None
 
 
 def summarize(logged, records, dataset):

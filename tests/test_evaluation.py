@@ -4,7 +4,6 @@ import inspect
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -76,56 +75,111 @@ def again(model):
     return [bool(record.get("again")) for record in model.records]
 
 
+OPTIONS = ["red", "green", "blue", "white"]
+LISTED = [f"{mark}. {option}" for mark, option in zip("ABCD", OPTIONS, strict=True)]
+MLVU = {
+    "question": "What colour is it?\n(A) red\n(B) green\n(C) blue\n(D) white",
+    "answer": "A",
+    "task_type": "count",
+}
+VIDEOMME = {
+    "videoID": "v",
+    "duration": "short",
+    "domain": "Knowledge",
+    "sub_category": "Law",
+    "task_type": "OCR Problems",
+    "question_id": "001-1",
+    "question": "What colour is it?",
+    "options": LISTED,
+    "answer": "A",
+}
+LONGVIDEOBENCH = {
+    "id": "v_0",
+    "video_path": "v.mp4",
+    "question": "How many bars are white?",
+    **{f"option{index}": option for index, option in enumerate(["2", "1", "5", "N/A", "N/A"])},
+    "correct_choice": 2,
+    "duration": 2.0,
+    "duration_group": 15,
+    "question_category": "S2E",
+}
+TIMESCOPE = {
+    "id": "1",
+    "video": "v.mp4",
+    "input": "\n".join(["What colour is it?", *LISTED]),
+    "answer": "C",
+    "type": "QA",
+    "length": 60,
+}
+TOMATO = {
+    "id": "1",
+    "video_path": "videos/v.mp4",
+    "question": "What colour is it?",
+    "options": OPTIONS,
+    "answer": 1,
+    "reason_type": "count",
+    "demonstration_type": "human",
+}
+VSI_CHOICES = [
+    "object_rel_direction_easy",
+    "object_rel_direction_medium",
+    "object_rel_direction_hard",
+    "object_rel_distance",
+    "route_planning",
+    "obj_appearance_order",
+]
+VSI_NUMBERS = [
+    "object_abs_distance",
+    "object_counting",
+    "object_size_estimation",
+    "room_size_estimation",
+]
+VSI = {"dataset": "scannet", "scene_name": "v"}
+
+
 def stand_ins(folder):
-    """Data in the layout of MLVU's and Video-MME's repositories; returns (folder, HF_HOME).
+    """Data in the layout of the benchmarks' repositories; returns (folder, HF_HOME, task names).
 
     `datasets` takes a folder of a repository's name for the repository, and lmms-eval does not
     download videos that lie where it would unpack them.
     """
     home = folder / "home"
-    mlvu, videomme = folder / "sy1998" / "MLVU_Test", folder / "lmms-eval" / "Video-MME"
-    for place in (mlvu, videomme, home / "mlvu_test", home / "videomme" / "data"):
-        place.mkdir(parents=True)
-    options = ["red", "green", "blue", "white"]
-    listed = [f"({letter}) {option}" for letter, option in zip("ABCD", options, strict=True)]
-    rows = [
-        {
-            "video_name": f"{index}.mp4",
-            "duration": 2.0,
-            "question": "\n".join(["What colour is the top left?", *listed]),
-            "candidates": options,
-            "answer": "A",
-            "task_type": "count",
-            "question_id": f"q{index}",
-        }
-        for index in range(8)
-    ]
-    for index in range(6):
-        clips.write_clip(home / "mlvu_test" / f"{index}.mp4", 20)
+
+    def repository(name, rows, videos, split="test"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        for video in videos:
+            (home / video).parent.mkdir(parents=True, exist_ok=True)
+            clips.write_clip(home / video, 20)
+
+    repository(
+        "sy1998/MLVU_Test",
+        [{**MLVU, "video_name": f"{index}.mp4"} for index in range(8)],
+        [f"mlvu_test/{index}.mp4" for index in range(6)],
+    )
     (home / "mlvu_test" / "6.mp4").write_bytes(b"")  # and there is no 7.mp4
-    (mlvu / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    clips.write_clip(home / "videomme" / "data" / "v.mp4", 20)
-    row = {
-        "video_id": "001",
-        "videoID": "v",
-        "duration": "short",
-        "domain": "Knowledge",
-        "sub_category": "Law",
-        "task_type": "OCR Problems",
-        "url": "",
-        "question_id": "001-1",
-        "question": "What colour is the top left?",
-        "options": [f"{mark}. {option}." for mark, option in zip("ABCD", options, strict=True)],
-        "answer": "A",
-    }
-    (videomme / "test.jsonl").write_text(json.dumps(row))
-    return folder, home
+    repository("lmms-eval/Video-MME", [VIDEOMME], ["videomme/data/v.mp4"])
+    place = "datasets/longvideobench/videos/v.mp4"
+    repository("longvideobench/LongVideoBench", [LONGVIDEOBENCH], [place], "validation")
+    repository("Apollo-LMMs/TimeScope", [TIMESCOPE], ["timescope/v.mp4"])
+    repository("Apollo-LMMs/LongTimeScope2", [TIMESCOPE], ["longtimescope/v.mp4"])
+    repository("lmms-eval/TOMATO", [TOMATO], ["TOMATO/videos/v.mp4"])
+    choices = {"question": "Which?", "options": LISTED, "ground_truth": "B"}
+    numbers = {"question": "How many?", "options": None, "ground_truth": "2"}
+    rows = [{**VSI, **choices, "question_type": kind} for kind in VSI_CHOICES]
+    rows += [{**VSI, **numbers, "question_type": kind} for kind in VSI_NUMBERS]
+    repository("nyu-visionx/VSI-Bench", rows, ["vsibench/scannet/v.mp4"])
+    configuration = "- config_name: full\n  data_files:\n  - split: test\n    path: test.jsonl"
+    card = folder / "nyu-visionx" / "VSI-Bench" / "README.md"
+    card.write_text(f"---\nconfigs:\n{configuration}\n---\n")
+    tasks = "mlvu_test,videomme,longvideobench_val_v,timescope,longtimescope,tomato,vsibench"
+    return folder, home, tasks
 
 
 def test_stock_tasks_run_and_a_killed_run_goes_on(tmp_path):
-    folder, home = stand_ins(tmp_path)
+    folder, home, tasks = stand_ins(tmp_path)
     command = [sys.executable, ROOT / "evaluation.py", "--model", ROOT, "--preset", "mlvu"]
-    command += ["--tasks", "mlvu_test,videomme", "--output_path", tmp_path / "out"]
+    command += ["--tasks", tasks, "--output_path", tmp_path / "out"]
     command += ["--model_args", "num_frames=4,min_pixels=784,max_pixels=12544"]
     command = list(map(str, command))
     settings = {
@@ -139,29 +193,31 @@ def test_stock_tasks_run_and_a_killed_run_goes_on(tmp_path):
     while not any(file.stat().st_size for file in answers.glob("*/*.jsonl")):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not list((tmp_path / "out").rglob("*_results.json"))
 
     done = subprocess.run(command, **settings)
     assert done.returncode == 0, done.stderr.decode()
-    (manifest,) = [read(f) for f in (tmp_path / "out").rglob("*_manifest_mlvu_test.json")]
-    (other,) = [read(f) for f in (tmp_path / "out").rglob("*_manifest_videomme.json")]
-    kept = manifest["samples"].pop("from_an_earlier_run")
-    kept += other["samples"].pop("from_an_earlier_run")
-    assert 1 <= kept < 7
+    manifests = [read(file) for file in (tmp_path / "out").rglob("*_manifest_*.json")]
+    manifests = {manifest["task"]["name"]: manifest for manifest in manifests}
+    assert set(manifests) == set(tasks.split(","))
+    for one in manifests.values():
+        assert one["proof"]["sparse_share_of_tokens"] == one["proof"]["sparse_share_of_layers"] == 1
+        assert one["samples"]["scored"] == one["samples"]["of"] == len(one["per_sample"])
+    kept = [one["samples"].pop("from_an_earlier_run") for one in manifests.values()]
+    assert 1 <= sum(kept) < 21
+    questions = {name: one["multiple_choice"]["questions"] for name, one in manifests.items()}
+    assert questions == {**dict.fromkeys(manifests, 1), "mlvu_test": 8, "vsibench": 6}
+
+    manifest = manifests["mlvu_test"]
     assert manifest["samples"] == {"scored": 8, "of": 8, "answered": 6, "undecodable": 2}
     reasons = [sample["reason"] for sample in manifest["undecodable"]]
     assert "6.mp4 is empty" in reasons[0] and "7.mp4 does not exist" in reasons[1]
     assert list(manifest["scores"]) == ["mlvu_percetion_score"]
-    assert list(other["scores"]) == ["videomme_perception_score"]
-    assert manifest["multiple_choice"]["questions"] == 8
-    assert (
-        manifest["per_sample"][0]["videos"]
-        == [{"frames": 4, "height": 112, "width": 112, "fps": 2.0, "tokens": 32}]
-        or manifest["per_sample"][0]["videos"][0]["frames"] == 4
-    )
-    assert manifest["proof"]["sparse_share_of_tokens"] == 1
+    assert manifest["task"]["dataset"] == "sy1998/MLVU_Test"
+    (video,) = manifest["per_sample"][0]["videos"]
+    assert video == {"frames": 4, "height": 84, "width": 140, "fps": 2.0, "tokens": 30}
     assert manifest["preset"]["yours"]["num_frames"] == "4"
     (applied,) = manifest["generation"]["by_task"]
     assert applied["applied"]["max_new_tokens"] == 16
