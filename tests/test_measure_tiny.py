@@ -61,6 +61,11 @@ def test_questions_asked_together_are_answered_as_alone(clips, loaded):
     assert together == alone
 
 
+def test_the_root_answers_every_bundled_question(loaded):
+    accuracy = measure_tiny.measure(*loaded, ROOT / "examples" / "clips")
+    assert accuracy == dict.fromkeys(make_clips.KINDS, 100.0)
+
+
 def test_dense_attention_is_qwens(clips):
     model, processor = measure_tiny.load(ROOT, "dense")
     sparse, _ = measure_tiny.load(ROOT, "sparse")
