@@ -2,7 +2,7 @@
 
     o_j = g_cmp * compressed(j) + g_slc * selected(j) + g_win * window(j)        (VideoNSA, eq. 5)
 
-Here are the gated sum and the whole layer; each branch has a file of its own beside this one, and
+Here are the whole layer and the backward of its gates; each branch has a file of its own, and
 nsa_kernels_primitives.py holds what they share and its conventions.
 
 Contract: float16, bfloat16 or float32 on a CUDA device; head sizes 16 to 128; softmax and sums in
@@ -33,7 +33,6 @@ from .nsa_kernels_primitives import (
     check_inputs,
     load_rows,
     mean_starts,
-    store_rows,
     streams_of,
     tl,
     triton,
@@ -62,22 +61,6 @@ ROWS = 16
 
 
 @triton.jit
-def _gated(part_ptr, gate_ptr, rows, live, BRANCH: tl.constexpr, D: tl.constexpr):
-    gate = tl.load(gate_ptr + rows * 3 + BRANCH, mask=live, other=0.0).to(tl.float32)
-    return gate[:, None] * load_rows(part_ptr, rows, live, D).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _gated_sum(a_ptr, b_ptr, c_ptr, gate_ptr, o_ptr, num_rows, D: tl.constexpr, ROWS: tl.constexpr):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = rows < num_rows
-    o = _gated(a_ptr, gate_ptr, rows, live, 0, D)
-    o += _gated(b_ptr, gate_ptr, rows, live, 1, D)
-    o += _gated(c_ptr, gate_ptr, rows, live, 2, D)
-    store_rows(o_ptr, rows, o, live, D)
-
-
-@triton.jit
 def _branch_backward(
     do, o_ptr, lse_ptr, gate_ptr, dgate_ptr, gated_lse_ptr, delta_ptr, rows, live,
     BRANCH: tl.constexpr, D: tl.constexpr,
@@ -103,14 +86,6 @@ def _gates_backward(
     _branch_backward(do, o2, lse2, gate_ptr, dgate_ptr, gated2, delta2, rows, live, 2, D)
 
 
-def _sum_of_branches(outputs, gates):
-    """outputs: three [Tq, H, D]; gates [Tq, H, 3]."""
-    o = torch.empty_like(outputs[0])
-    n = o.shape[0] * o.shape[1]
-    _gated_sum[(triton.cdiv(n, ROWS),)](*outputs, gates, o, n, D=o.shape[2], ROWS=ROWS)
-    return o
-
-
 def _backward_of_gates(do, outputs, lses, gates):
     """dgates, then each branch's lse with its gate folded in and delta, all float32 [Tq, H]."""
     n = do.shape[0] * do.shape[1]
@@ -124,7 +99,7 @@ def _backward_of_gates(do, outputs, lses, gates):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, gates, at, sizes, scale):
+    def forward(ctx, q, k, v, gates, at, sizes, scale, keep):
         block_size, num_selected, window_size, num_initial, num_local = sizes
         with torch.cuda.device_of(q):
             cu_mean = mean_starts(at.cu_k, block_size)
@@ -136,13 +111,15 @@ class _Attention(torch.autograd.Function):
             )  # fmt: skip
             lists = build_tile_lists(q, blocks, at, block_size)
             selected, lse_slc = selected_forward(q, k, v, lists, scale)
-            window, lse_win = window_forward(q, k, v, at, window_size, scale)
-            o = _sum_of_branches((compressed, selected, window), gates)
-        ctx.save_for_backward(
-            q, k, v, gates, *means, compressed, selected, window, lse_cmp, lse_slc, lse_win
-        )
-        ctx.at, ctx.lists, ctx.cu_mean = at, lists, cu_mean
-        ctx.block_size, ctx.window_size, ctx.scale = block_size, window_size, scale
+            window, lse_win, o = window_forward(
+                q, k, v, at, window_size, scale, gated=(gates, compressed, selected), keep=keep
+            )
+        if keep:
+            ctx.save_for_backward(
+                q, k, v, gates, *means, compressed, selected, window, lse_cmp, lse_slc, lse_win
+            )
+            ctx.at, ctx.lists, ctx.cu_mean = at, lists, cu_mean
+            ctx.block_size, ctx.window_size, ctx.scale = block_size, window_size, scale
         return o
 
     @staticmethod
@@ -162,7 +139,7 @@ class _Attention(torch.autograd.Function):
         window_dkv(q, k, v, do, *window, dk, dv, at, ctx.window_size, scale)
         selected_dq(q, k, v, do, *selected, dq, ctx.lists, scale)
         selected_dkv(q, k, v, do, *selected, dk, dv, ctx.lists, scale)
-        return dq, dk, dv, dgates, None, None, None
+        return dq, dk, dv, dgates, None, None, None, None
 
 
 def nsa_attention(
@@ -197,4 +174,5 @@ def nsa_attention(
         return torch.zeros_like(q)
     q, k, v, gates = (x.contiguous() for x in (q, k, v, gates))
     sizes = (block_size, num_selected, window_size, num_initial, num_local)
-    return _Attention.apply(q, k, v, gates, streams_of(q, k, cu_q, cu_k), sizes, scale)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gates))
+    return _Attention.apply(q, k, v, gates, streams_of(q, k, cu_q, cu_k), sizes, scale, keep)

@@ -139,11 +139,15 @@ def _dq(
     q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
     dq = tl.zeros([ROWS, D], tl.float32)
     mean = tl.load(cu_mean_ptr + sample)
-    seen = (position + count) // B
-    for j in range(0, seen, MEANS):
-        i = j + tl.arange(0, MEANS)
-        k, v = load_keys(k_ptr, v_ptr, mean + i, i < seen, kv_head, K, D)
-        visible = _is_complete(i[None, :], (position + r)[:, None], B)
+    i = tl.arange(0, MEANS)
+    seen_by_some = (position + count) // B
+    seen_by_all = (position + 1) // B // MEANS * MEANS
+    for j in range(0, seen_by_all, MEANS):
+        k, v = load_keys(k_ptr, v_ptr, mean + j + i, i < MEANS, kv_head, K, D)
+        dq = dq_step(dq, q, k, v, do, lse, delta, None, scale)
+    for j in range(seen_by_all, seen_by_some, MEANS):
+        k, v = load_keys(k_ptr, v_ptr, mean + j + i, j + i < seen_by_some, kv_head, K, D)
+        visible = _is_complete((j + i)[None, :], (position + r)[:, None], B)
         dq = dq_step(dq, q, k, v, do, lse, delta, visible, scale)
     store_rows(dq_ptr, rows, dq * dq_scale, live, D)
 
@@ -169,13 +173,25 @@ def _dkv(
     _, keys = span(sample, cu_k_ptr)
     cached = keys - queries
     start = tl.maximum((offset + 1) * B - 1, cached)  # of the first query that sees any
-    for j in range(start + part * ROWS, keys, PARTS * ROWS):
+    # The first steps, of queries that do not see all means of the tile yet, come with a mask.
+    all_see = tl.minimum(
+        keys,
+        tl.cdiv(tl.maximum((offset + MEANS) * B - 1 - start, 0), PARTS * ROWS) * PARTS * ROWS
+        + start,
+    )
+    for j in range(start + part * ROWS, all_see, PARTS * ROWS):
         t = j + tl.arange(0, ROWS)
         live = t < keys
         rows = (first + t - cached).to(tl.int64) * H + head
         q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
-        visible = _is_complete(i[:, None], t[None, :], B)
+        visible = _is_complete(i[None, :], t[:, None], B)
         dk, dv = dkv_step(dk, dv, q, k, v, do, lse, delta, visible, scale)
+    for j in range(all_see + part * ROWS, keys, PARTS * ROWS):
+        t = j + tl.arange(0, ROWS)
+        live = t < keys
+        rows = (first + t - cached).to(tl.int64) * H + head
+        q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
+        dk, dv = dkv_step(dk, dv, q, k, v, do, lse, delta, None, scale)
     out = (part.to(tl.int64) * num_means + mean + i) * H + head
     store_rows(dk_ptr, out, dk * dk_scale, real, D)
     store_rows(dv_ptr, out, dv, real, D)

@@ -35,7 +35,6 @@ from .nsa_kernels_primitives import (
 )
 
 KEYS = 64  # per step
-DKV_ROWS = 32  # 64 rows would spill registers
 PROGRAMS = 528  # wanted at least: four for each multiprocessor of an H100
 
 
@@ -127,7 +126,7 @@ def _dkv(
     q_ptr, k_ptr, v_ptr, positions_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr,
     cu_k_ptr, num_samples, scale, dk_scale,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
     sample, offset = locate(tl.program_id(0), cu_k_ptr, num_samples, KEYS)
@@ -139,14 +138,12 @@ def _dkv(
     dk = tl.zeros([KEYS, D], tl.float32)
     dv = tl.zeros([KEYS, D], tl.float32)
     first, queries = span(sample, cu_q_ptr)
-    for j in range(0, queries * G, ROWS):
-        i = j + tl.arange(0, ROWS)  # rows are queries times heads, with no gap between queries
-        query = first + i // G
-        live = i < queries * G
-        rows = query.to(tl.int64) * H + kv_head * G + i % G
-        t = tl.load(positions_ptr + query, mask=live, other=-1)
+    for j in range(0, queries, QUERIES):
+        query, rows, live = packed_rows(first + j, queries - j, kv_head, H, G, ROWS)
+        live = live & (query < QUERIES)
+        t = tl.load(positions_ptr + first + j + query, mask=live, other=-1)
         q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
-        visible = key[:, None] <= t[None, :]
+        visible = key[None, :] <= t[:, None]
         dk, dv = dkv_step(dk, dv, q, k, v, do, lse, delta, visible, scale)
     rows = (start + key).to(tl.int64) * K + kv_head
     store_rows(dk_ptr, rows, dk * dk_scale, key < keys, D)
@@ -206,8 +203,7 @@ class _DenseAttention(torch.autograd.Function):
         _dq[grid](*inputs, dq, *at.arguments, splits, rows, scale, score_scale, **sizes)
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         _dkv[(at.key_blocks(sizes["KEYS"]), k.shape[1])](
-            *inputs, dk, dv, *at.arguments, scale, score_scale, **heads_of(q, k), G=sizes["G"],
-            KEYS=sizes["KEYS"], ROWS=fitting(q, DKV_ROWS), num_warps=4, num_stages=stages(q, 2),
+            *inputs, dk, dv, *at.arguments, scale, score_scale, **sizes
         )  # fmt: skip
         return dq.sum(0).to(q.dtype), dk, dv, None, None, None
 

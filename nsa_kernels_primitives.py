@@ -135,6 +135,11 @@ def fitting(q, size):
     return min(size, FLOAT32_TILE) if q.dtype == torch.float32 else size
 
 
+def for_three_programs(q):
+    """Registers a thread may use so that three programs of 4 warps share a multiprocessor."""
+    return 168 if q.element_size() == 2 else None
+
+
 def row_deltas(do, o):
     """do · o of each row in float32 [T, H], which the backward of a softmax subtracts."""
     return (do.float() * o.float()).sum(-1)
@@ -256,18 +261,29 @@ def store_softmax(o_ptr, lse_ptr, rows, live, acc, row_max, row_sum, D: tl.const
 
 @triton.jit
 def dq_step(dq, q, k, v, do, lse, delta, visible, scale):
-    """Add one key tile to dq [rows, D]. With a gate in lse (nsa_kernels.py), p is gate * p."""
-    s = dot(q, tl.trans(k)) * scale
-    p = tl.where(visible, tl.exp2(s - lse[:, None]), 0.0)
-    ds = p * (dot(do, tl.trans(v)) - delta[:, None])
+    """Add one key tile to dq [rows, D]. With a gate in lse (nsa_kernels.py), p is gate * p.
+
+    `visible` [rows, keys] is None where every row sees every key; a row with lse = +inf sees none.
+    """
+    s = dot(q, tl.trans(k))
+    dp = dot(do, tl.trans(v))
+    p = tl.exp2(s * scale - lse[:, None])
+    if visible is not None:
+        p = tl.where(visible, p, 0.0)
+    ds = p * (dp - delta[:, None])
     return dot_add(ds.to(k.dtype), k, dq)
 
 
 @triton.jit
 def dkv_step(dk, dv, q, k, v, do, lse, delta, visible, scale):
-    """Add one query tile to dk and dv [keys, D]; `visible` is [keys, rows]."""
-    s = dot(k, tl.trans(q))
-    p = tl.where(visible, tl.exp2(s * scale - lse[None, :]), 0.0)
-    dv = dot_add(p.to(v.dtype), do, dv)
-    ds = p * (dot(v, tl.trans(do)) - delta[None, :])
-    return dot_add(ds.to(k.dtype), q, dk), dv
+    """Add one query tile to dk and dv [keys, D]. `visible` is as for `dq_step`.
+
+    Rows come first in every product, so that a thread holds lse and delta of two rows, not of all.
+    dv comes before the second product: the other way round it spills, and is a fifth slower.
+    """
+    p = tl.exp2(dot(q, tl.trans(k)) * scale - lse[:, None])
+    if visible is not None:
+        p = tl.where(visible, p, 0.0)
+    dv = dot_add(tl.trans(p.to(v.dtype)), do, dv)
+    ds = p * (dot(do, tl.trans(v)) - delta[:, None])
+    return dot_add(tl.trans(ds.to(k.dtype)), q, dk), dv

@@ -25,6 +25,7 @@ from .nsa_kernels_primitives import (
     dq_step,
     empty_softmax,
     fitting,
+    for_three_programs,
     heads_of,
     load_keys,
     load_queries,
@@ -48,8 +49,6 @@ from .nsa_kernels_primitives import (
 LARGEST_BLOCK = 64  # larger ones are taken apart
 CHUNK = 9216  # queries whose cold partials are held at once
 PARTS = 2  # programs per block and chunk in the cold kernels
-THREE_PROGRAMS = 168  # registers that let three programs share a multiprocessor
-DKV_ROWS = 32  # 64 rows would spill registers
 ALL_HOT_UP_TO = 8192  # keys; up to here tiles alone are as fast and need no scratch
 MASK_BITS = 32  # queries of a tile, one bit each
 SORTED = 1024  # entries that one program sorts
@@ -58,10 +57,14 @@ NOWHERE = tl.constexpr(1 << 30)  # position of what fills a small block up to 16
 
 
 class BlockIndex(NamedTuple):
-    """Flat entries (kv_head * U + u) * S + slot, by chunk of tiles, KV head and block."""
+    """Who chose each block: flat entries (kv_head * U + u) * S + slot, in the order of their bins.
+
+    A bin is a KV head, a block, a chunk of tiles, and hot or cold, in this order: the cold pairs
+    of a block in one chunk are neighbours, and so are all pairs of a block.
+    """
 
     entry: torch.Tensor  # int32 [K * U * S]
-    offset: torch.Tensor  # int32 [chunks * K * (blocks + 1) + 1]
+    offset: torch.Tensor  # int32 [bins + 1]; bins = K * blocks * chunks * 2
 
 
 class TileLists(NamedTuple):
@@ -71,8 +74,8 @@ class TileLists(NamedTuple):
     hot_queries: torch.Tensor  # the same shape; bit i: query i of the tile chose the block
     hot_count: torch.Tensor  # int32 [K, tiles]
     cold_count: torch.Tensor  # int32 [K, U]
-    pairs: torch.Tensor  # int32 [K, U, S]: a query's cold blocks, then its hot ones, then -1
-    cold: BlockIndex | None  # None: everything is hot
+    bins: torch.Tensor | None  # int32 [K, U, S], what is left to sort where there is no index
+    index: BlockIndex | None  # None: everything is hot, and only the backward needs one
     at: Streams
     tile: dict  # G, QUERIES, ROWS
     chunk: int  # tiles
@@ -80,10 +83,12 @@ class TileLists(NamedTuple):
     num_selected: int
 
 
-@triton.jit(do_not_specialize=["num_samples", "num_tiles", "capacity"])
+@triton.jit(do_not_specialize=[
+    "num_samples", "num_tiles", "capacity", "num_blocks", "chunk", "num_chunks",
+])  # fmt: skip
 def _build(
-    blocks_ptr, hot_block_ptr, hot_queries_ptr, hot_count_ptr, cold_count_ptr, pairs_ptr, flag_ptr,
-    cu_q_ptr, cu_k_ptr, num_samples, num_tiles, capacity,
+    blocks_ptr, hot_block_ptr, hot_queries_ptr, hot_count_ptr, cold_count_ptr, bins_ptr, flag_ptr,
+    cu_q_ptr, cu_k_ptr, num_samples, num_tiles, capacity, num_blocks, chunk, num_chunks,
     K: tl.constexpr, S: tl.constexpr, S_2: tl.constexpr, B: tl.constexpr,
     QUERIES: tl.constexpr, QUERIES_2: tl.constexpr, MIN_SHARE: tl.constexpr,
 ):  # fmt: skip
@@ -106,6 +111,8 @@ def _build(
         a = tl.gather(block, tl.maximum(low, 0), 0)
         b = tl.gather(block, tl.minimum(high, N - 1), 0)
         hot = hot | (sorted_real & (low >= 0) & (high < N) & (a == b)).to(tl.int32)
+    # The queries' own blocks as well, so that no cold pair needs the causal mask.
+    hot = hot | (sorted_real & (block >= position // B)).to(tl.int32)
     new = (hot > 0) & ((e == 0) | (block != tl.gather(block, tl.maximum(e - 1, 0), 0)))
     tile_id = kv_head.to(tl.int64) * num_tiles + tile
     at = tile_id * capacity + tl.cumsum(new.to(tl.int32), 0) - 1
@@ -124,24 +131,18 @@ def _build(
     cold_rank = tl.cumsum(cold_of_query, 1) - 1
     hot_rank = num_cold[:, None] + tl.cumsum(hot_of_query, 1) - 1
     rank = tl.reshape(tl.where(hot_of_query > 0, hot_rank, cold_rank), [N])
-    first_block = tl.load(cu_k_ptr + sample) // B + sample
+    block = kv_head * num_blocks + tl.load(cu_k_ptr + sample) // B + sample + chosen
     u = tile_id * QUERIES + query
-    tl.store(pairs_ptr + u * S + rank, chosen + first_block, mask=real)
+    bins = (block * num_chunks + tile // chunk) * 2 + is_cold
+    tl.store(bins_ptr + u * S + rank, bins, mask=real)
     q = tl.arange(0, QUERIES_2)
     tl.store(cold_count_ptr + tile_id * QUERIES + q, num_cold, mask=q < QUERIES)
 
 
-def _index_by_block(pairs, is_used, num_blocks, chunk):
-    """Inverse of pairs [K, U, S] where used: who chose each block, per chunk of `chunk` queries."""
-    kv_heads, queries, _ = pairs.shape
-    integers = {"dtype": torch.int32, "device": pairs.device}
-    bins = num_blocks + 1  # the last is for what is not used
-    part = torch.arange(queries, **integers) // chunk * kv_heads
-    part = (part + torch.arange(kv_heads, **integers)[:, None]) * bins
-    key = torch.where(is_used, pairs, num_blocks) + part[..., None]
-    key, entry = torch.sort(key.flatten(), stable=True)
-    bounds = torch.arange(-(-queries // chunk) * kv_heads * bins + 1, **integers)
-    return BlockIndex(entry.to(torch.int32), torch.searchsorted(key, bounds, out_int32=True))
+def _index_by_block(bins, num_bins):
+    bins, entry = torch.sort(bins.flatten(), stable=True)
+    bounds = torch.arange(num_bins + 1, dtype=torch.int32, device=bins.device)
+    return BlockIndex(entry.to(torch.int32), torch.searchsorted(bins, bounds, out_int32=True))
 
 
 def _smaller_blocks(blocks, block_size, largest):
@@ -165,29 +166,28 @@ def build_tile_lists(q, blocks, at, block_size):
     # A third of a tile's queries is where a step of the tile costs what the cold pairs would.
     min_share = 1 if at.keys <= ALL_HOT_UP_TO else max(1, round(queries / 3))
     tiles = at.query_tiles(queries)
-    chunk = min(max(CHUNK // queries, 1), tiles)
-    capacity = max(1, queries * num_selected // min_share)
+    chunk = tiles if min_share == 1 else min(max(CHUNK // queries, 1), tiles)
+    own_blocks = (queries + block_size - 2) // block_size + 1  # at most, of one tile
+    capacity = queries * num_selected // min_share + own_blocks + 1  # read ahead
     integers = {"dtype": torch.int32, "device": blocks.device}
     hot_block = torch.empty(kv_heads, tiles, capacity, **integers)
     hot_queries = torch.zeros(kv_heads, tiles, capacity, **integers)
     hot_count = torch.empty(kv_heads, tiles, **integers)
     cold_count = torch.empty(kv_heads, tiles * queries, **integers)
-    pairs = torch.full((kv_heads, tiles * queries, num_selected), -1, **integers)
+    num_blocks, num_chunks = at.key_blocks(block_size), triton.cdiv(tiles, chunk)
+    num_bins = kv_heads * num_blocks * num_chunks * 2
+    bins = torch.full((kv_heads, tiles * queries, num_selected), num_bins, **integers)
     queries_2 = triton.next_power_of_2(queries)
     flag = torch.empty(kv_heads, tiles, queries_2 * slots, dtype=torch.int8, device=blocks.device)
     _build[(tiles, kv_heads)](
-        blocks, hot_block, hot_queries, hot_count, cold_count, pairs, flag, *at.arguments, tiles,
-        capacity, K=kv_heads, S=num_selected, S_2=slots, B=block_size,
-        QUERIES=queries, QUERIES_2=queries_2, MIN_SHARE=min_share, num_warps=4,
+        blocks, hot_block, hot_queries, hot_count, cold_count, bins, flag, *at.arguments, tiles,
+        capacity, num_blocks, chunk, num_chunks, K=kv_heads, S=num_selected, S_2=slots,
+        B=block_size, QUERIES=queries, QUERIES_2=queries_2, MIN_SHARE=min_share, num_warps=4,
     )  # fmt: skip
-    index = None
-    if min_share > 1:
-        slot = torch.arange(num_selected, **integers)
-        is_cold = slot < cold_count[..., None]
-        index = _index_by_block(pairs, is_cold, at.key_blocks(block_size), chunk * queries)
+    index = None if min_share == 1 else _index_by_block(bins, num_bins)
     return TileLists(
-        hot_block, hot_queries, hot_count, cold_count, pairs, index, at, tile, chunk, block_size,
-        num_selected,
+        hot_block, hot_queries, hot_count, cold_count, None if index else bins, index, at, tile,
+        chunk, block_size, num_selected,
     )  # fmt: skip
 
 
@@ -201,25 +201,24 @@ def _block_keys(block, cu_k_ptr, num_samples, B: tl.constexpr, KEYS: tl.constexp
 
 
 @triton.jit
-def _first_slot(sample, cu_q_ptr, cu_k_ptr, QUERIES: tl.constexpr):
-    """Of a sample's first query: its slot u, its row, its position."""
-    first, queries = span(sample, cu_q_ptr)
-    _, keys = span(sample, cu_k_ptr)
-    return (first // QUERIES + sample) * QUERIES, first, keys - queries
+def _first_slot(sample, cu_q_ptr, QUERIES: tl.constexpr):
+    """Of a sample's first query: its slot u and its row."""
+    first = tl.load(cu_q_ptr + sample)
+    return (first // QUERIES + sample) * QUERIES, first
 
 
 @triton.jit(do_not_specialize=[
-    "num_samples", "num_slots", "first_slot", "first_offset", "scratch_slots", "num_blocks",
+    "num_samples", "num_slots", "first_slot", "chunk", "num_chunks", "scratch_slots", "num_blocks",
 ])  # fmt: skip
 def _cold_forward(
     q_ptr, k_ptr, v_ptr, entry_ptr, offset_ptr, o_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, num_samples,
-    num_slots, first_slot, first_offset, scratch_slots, num_blocks, scale,
+    num_slots, first_slot, chunk, num_chunks, scratch_slots, num_blocks, scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
     KEYS: tl.constexpr, G: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     block, part, kv_head = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
-    offset = offset_ptr + first_offset + kv_head * (num_blocks + 1) + block
+    offset = offset_ptr + ((kv_head * num_blocks + block) * num_chunks + chunk) * 2 + 1
     begin, end = tl.load(offset) + part * QUERIES, tl.load(offset + 1)
     if begin >= end:
         return
@@ -227,40 +226,48 @@ def _cold_forward(
     query, head = r // G, r % G
     sample, start, length, key = _block_keys(block, cu_k_ptr, num_samples, B, KEYS)
     k, v = load_keys(k_ptr, v_ptr, start + key, key < length, kv_head, K, D)
-    sample_slot, first_row, first_position = _first_slot(sample, cu_q_ptr, cu_k_ptr, QUERIES)
+    sample_slot, first_row = _first_slot(sample, cu_q_ptr, QUERIES)
     # slots and rows below count from the chunk and the sample, so they stay in 32 bits
     first_entry = (kv_head * num_slots + first_slot) * S
     q_sample = q_ptr + (first_row.to(tl.int64) * H + kv_head * G) * D
     o_chunk = o_ptr + kv_head.to(tl.int64) * scratch_slots * G * D
     lse_chunk = lse_ptr + kv_head.to(tl.int64) * scratch_slots * G
+    entry = tl.load(entry_ptr + tl.minimum(begin + query, end - 1)) - first_entry
     for j in range(begin, end, PARTS * QUERIES):
         live = (query < QUERIES) & (j + query < end)
-        entry = tl.load(entry_ptr + j + query, mask=live, other=first_entry) - first_entry
         t = entry // S + first_slot - sample_slot  # counted from the sample's first query
         q = load_rows(q_sample, t.to(tl.int64) * H + head, live, D)
+        slot = entry * G + head
+        # the next step's entries, early: its other loads wait for them
+        entry = tl.load(entry_ptr + tl.minimum(j + PARTS * QUERIES + query, end - 1)) - first_entry
         s = dot(q, tl.trans(k)) * scale
-        visible = key[None, :] <= (t + first_position)[:, None]
-        s = tl.where(visible, s, float("-inf"))
+        if KEYS > B:
+            s = tl.where((key < NOWHERE)[None, :], s, float("-inf"))
         row_max = tl.max(s, 1)
         p = tl.exp2(s - row_max[:, None])
         row_sum = tl.sum(p, 1)
-        o = dot(p.to(v.dtype), v) * (1.0 / row_sum)[:, None]
-        slot = entry * G + head
+        o = dot((p * (1.0 / row_sum)[:, None]).to(v.dtype), v)
         store_rows(o_chunk, slot.to(tl.int64), o, live, D)
         tl.store(lse_chunk + slot, row_max + tl.log2(row_sum), mask=live)
 
 
 @triton.jit
 def _hot_keys(
-    k_ptr, v_ptr, hot_block_ptr, hot_queries_ptr, at, query, t, start, length, kv_head,
+    k_ptr, v_ptr, block, start, length, kv_head,
     K: tl.constexpr, D: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """k and v of a tile's hot block, and which keys each row sees."""
-    chose = ((tl.load(hot_queries_ptr + at) >> query) & 1) != 0
+    """k and v of a tile's hot block, and the keys' positions."""
     i = tl.arange(0, KEYS)
-    key = tl.load(hot_block_ptr + at) * B + tl.where(i < B, i, NOWHERE)
+    key = block * B + tl.where(i < B, i, NOWHERE)
     k, v = load_keys(k_ptr, v_ptr, start + key, key < length, kv_head, K, D)
-    return k, v, chose[:, None] & (key[None, :] <= t[:, None])
+    return k, v, key
+
+
+@triton.jit
+def _hot_bounds(count_ptr, position, count, B: tl.constexpr):
+    """Of a tile's hot blocks, in ascending order: how many every query is past of, and all."""
+    hot = tl.load(count_ptr)
+    return tl.maximum(hot - (position + count - 1) // B + position // B - 1, 0), hot
 
 
 @triton.jit(do_not_specialize=[
@@ -284,11 +291,24 @@ def _tile_forward(
     q = load_rows(q_ptr, rows, live, D)
     acc, row_max, row_sum = empty_softmax(ROWS, D)
     tile_id = kv_head.to(tl.int64) * num_tiles + tile
-    for j in range(tl.load(hot_count_ptr + tile_id)):
-        k, v, visible = _hot_keys(
-            k_ptr, v_ptr, hot_block_ptr, hot_queries_ptr, tile_id * capacity + j, query, t, start,
-            length, kv_head, K, D, B, KEYS,
-        )  # fmt: skip
+    past, hot = _hot_bounds(hot_count_ptr + tile_id, position, count, B)
+    # Each step reads the next one's block number: the loads of k and v wait for it.
+    hot_block_ptr += tile_id * capacity
+    hot_queries_ptr += tile_id * capacity
+    block, chosen_by = tl.load(hot_block_ptr), tl.load(hot_queries_ptr)
+    for j in range(past):
+        k, v, key = _hot_keys(k_ptr, v_ptr, block, start, length, kv_head, K, D, B, KEYS)
+        chose = ((chosen_by >> query) & 1) != 0
+        block, chosen_by = tl.load(hot_block_ptr + j + 1), tl.load(hot_queries_ptr + j + 1)
+        s = dot(q, tl.trans(k)) * scale + tl.where(chose, 0.0, float("-inf"))[:, None]
+        if KEYS > B:
+            s = tl.where((key < NOWHERE)[None, :], s, float("-inf"))
+        acc, row_max, row_sum = softmax_step(s, v, acc, row_max, row_sum)
+    for j in range(past, hot):
+        k, v, key = _hot_keys(k_ptr, v_ptr, block, start, length, kv_head, K, D, B, KEYS)
+        chose = ((chosen_by >> query) & 1) != 0
+        block, chosen_by = tl.load(hot_block_ptr + j + 1), tl.load(hot_queries_ptr + j + 1)
+        visible = chose[:, None] & (key[None, :] <= t[:, None])
         s = tl.where(visible, dot(q, tl.trans(k)) * scale, float("-inf"))
         acc, row_max, row_sum = softmax_step(s, v, acc, row_max, row_sum)
     if MERGE:
@@ -315,18 +335,18 @@ def _tile_forward(
 
 
 @triton.jit(do_not_specialize=[
-    "num_samples", "num_slots", "first_slot", "first_offset", "scratch_slots", "num_blocks",
+    "num_samples", "num_slots", "first_slot", "chunk", "num_chunks", "scratch_slots", "num_blocks",
 ])  # fmt: skip
 def _cold_dq(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, entry_ptr, offset_ptr, dq_ptr,
     cu_q_ptr, cu_k_ptr, num_samples,
-    num_slots, first_slot, first_offset, scratch_slots, num_blocks, scale, dq_scale,
+    num_slots, first_slot, chunk, num_chunks, scratch_slots, num_blocks, scale, dq_scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
     KEYS: tl.constexpr, G: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     block, part, kv_head = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
-    offset = offset_ptr + first_offset + kv_head * (num_blocks + 1) + block
+    offset = offset_ptr + ((kv_head * num_blocks + block) * num_chunks + chunk) * 2 + 1
     begin, end = tl.load(offset) + part * QUERIES, tl.load(offset + 1)
     if begin >= end:
         return
@@ -334,18 +354,19 @@ def _cold_dq(
     query, head = r // G, r % G
     sample, start, length, key = _block_keys(block, cu_k_ptr, num_samples, B, KEYS)
     k, v = load_keys(k_ptr, v_ptr, start + key, key < length, kv_head, K, D)
-    sample_slot, first_row, first_position = _first_slot(sample, cu_q_ptr, cu_k_ptr, QUERIES)
+    sample_slot, first_row = _first_slot(sample, cu_q_ptr, QUERIES)
     first_entry = (kv_head * num_slots + first_slot) * S
+    entry = tl.load(entry_ptr + tl.minimum(begin + query, end - 1)) - first_entry
     for j in range(begin, end, PARTS * QUERIES):
         live = (query < QUERIES) & (j + query < end)
-        entry = tl.load(entry_ptr + j + query, mask=live, other=first_entry) - first_entry
         t = entry // S + first_slot - sample_slot
         rows = (first_row + t).to(tl.int64) * H + kv_head * G + head
         q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
-        visible = key[None, :] <= (t + first_position)[:, None]
         dq = tl.zeros([ROWS, D], tl.float32)
-        dq = dq_step(dq, q, k, v, do, lse, delta, visible, scale)
         slot = (kv_head.to(tl.int64) * scratch_slots + entry) * G + head
+        entry = tl.load(entry_ptr + tl.minimum(j + PARTS * QUERIES + query, end - 1)) - first_entry
+        real = (key < NOWHERE)[None, :] if KEYS > B else None
+        dq = dq_step(dq, q, k, v, do, lse, delta, real, scale)
         store_rows(dq_ptr, slot, dq * dq_scale, live, D)
 
 
@@ -370,11 +391,22 @@ def _tile_dq(
     q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
     dq = tl.zeros([ROWS, D], tl.float32)
     tile_id = kv_head.to(tl.int64) * num_tiles + tile
-    for j in range(tl.load(hot_count_ptr + tile_id)):
-        k, v, visible = _hot_keys(
-            k_ptr, v_ptr, hot_block_ptr, hot_queries_ptr, tile_id * capacity + j, query, t, start,
-            length, kv_head, K, D, B, KEYS,
-        )  # fmt: skip
+    past, hot = _hot_bounds(hot_count_ptr + tile_id, position, count, B)
+    # Each step reads the next one's block number: the loads of k and v wait for it.
+    hot_block_ptr += tile_id * capacity
+    hot_queries_ptr += tile_id * capacity
+    block, chosen_by = tl.load(hot_block_ptr), tl.load(hot_queries_ptr)
+    for j in range(past):
+        k, v, key = _hot_keys(k_ptr, v_ptr, block, start, length, kv_head, K, D, B, KEYS)
+        chose = ((chosen_by >> query) & 1) != 0
+        block, chosen_by = tl.load(hot_block_ptr + j + 1), tl.load(hot_queries_ptr + j + 1)
+        real = (key < NOWHERE)[None, :] if KEYS > B else None
+        dq = dq_step(dq, q, k, v, do, tl.where(chose, lse, float("inf")), delta, real, scale)
+    for j in range(past, hot):
+        k, v, key = _hot_keys(k_ptr, v_ptr, block, start, length, kv_head, K, D, B, KEYS)
+        chose = ((chosen_by >> query) & 1) != 0
+        block, chosen_by = tl.load(hot_block_ptr + j + 1), tl.load(hot_queries_ptr + j + 1)
+        visible = chose[:, None] & (key[None, :] <= t[:, None])
         dq = dq_step(dq, q, k, v, do, lse, delta, visible, scale)
     dq *= dq_scale
     if MERGE:
@@ -386,33 +418,58 @@ def _tile_dq(
     add_rows(dq_ptr, rows, dq, live, D)
 
 
-@triton.jit(do_not_specialize=["num_samples", "num_slots", "num_blocks"])
+@triton.jit
+def _chosen_by(entry_ptr, at, end, S: tl.constexpr):
+    """Slots of the queries at places of a block's list; past its end, the last one again."""
+    return tl.load(entry_ptr + tl.minimum(at, end - 1)) // S
+
+
+@triton.jit
+def _gather(
+    q_ptr, do_ptr, lse_ptr, delta_ptr, row, head, live, H: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """As `load_queries`, but of rows that exist even where not live, so that no load is masked."""
+    rows = row.to(tl.int64) * H + head
+    at = row.to(tl.int64)[:, None] * (H * D) + (head[:, None] * D + tl.arange(0, D)[None, :])
+    lse = tl.where(live, tl.load(lse_ptr + rows), float("inf"))
+    return tl.load(q_ptr + at), tl.load(do_ptr + at), lse, tl.load(delta_ptr + rows)
+
+
+@triton.jit(do_not_specialize=["num_samples", "num_slots", "num_blocks", "num_chunks"])
 def _dkv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, entry_ptr, offset_ptr, dk_ptr, dv_ptr,
-    cu_q_ptr, cu_k_ptr, num_samples, num_slots, num_blocks, scale, dk_scale,
+    cu_q_ptr, cu_k_ptr, num_samples, num_slots, num_blocks, num_chunks, scale, dk_scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
-    KEYS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, TILE_QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, G: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     block, kv_head = tl.program_id(0), tl.program_id(1)
-    offset = offset_ptr + kv_head * (num_blocks + 1) + block
-    begin, end = tl.load(offset), tl.load(offset + 1)
+    offset = offset_ptr + (kv_head * num_blocks + block) * num_chunks * 2
+    begin, end = tl.load(offset), tl.load(offset + num_chunks * 2)
     if begin >= end:
         return
     sample, start, length, key = _block_keys(block, cu_k_ptr, num_samples, B, KEYS)
     k, v = load_keys(k_ptr, v_ptr, start + key, key < length, kv_head, K, D)
-    sample_slot, first_row, first_position = _first_slot(sample, cu_q_ptr, cu_k_ptr, TILE_QUERIES)
+    sample_slot, first_row = _first_slot(sample, cu_q_ptr, QUERIES)
+    row_of_slot = first_row - sample_slot - kv_head * num_slots
+    row_at_0 = tl.load(cu_q_ptr + sample + 1) - length  # of a query at position 0, if there is one
+    r = tl.arange(0, ROWS)
+    query, head = r // G, kv_head * G + r % G
     dk = tl.zeros([KEYS, D], tl.float32)
     dv = tl.zeros([KEYS, D], tl.float32)
-    for j in range(0, (end - begin) * G, ROWS):
-        i = j + tl.arange(0, ROWS)  # rows are queries times heads, with no gap between queries
-        at = begin + i // G
-        live = at < end
-        entry = tl.load(entry_ptr + at, mask=live, other=0)
-        t = entry // S - kv_head * num_slots - sample_slot
-        rows = (first_row + t).to(tl.int64) * H + kv_head * G + i % G
-        q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
-        visible = key[:, None] <= (t + first_position)[None, :]
+    # Queries inside the block, which do not see all of it, come first in its list: their pairs
+    # are hot, and in their chunk no earlier query chose the block.
+    masked_end = tl.minimum(end, begin + tl.cdiv(B, QUERIES) * QUERIES)
+    for j in range(begin, masked_end, QUERIES):
+        row = _chosen_by(entry_ptr, j + query, end, S) + row_of_slot
+        live = (query < QUERIES) & (j + query < end)
+        q, do, lse, delta = _gather(q_ptr, do_ptr, lse_ptr, delta_ptr, row, head, live, H, D)
+        visible = key[None, :] <= (row - row_at_0)[:, None]
         dk, dv = dkv_step(dk, dv, q, k, v, do, lse, delta, visible, scale)
+    for j in range(masked_end, end, QUERIES):
+        row = _chosen_by(entry_ptr, j + query, end, S) + row_of_slot
+        live = (query < QUERIES) & (j + query < end)
+        q, do, lse, delta = _gather(q_ptr, do_ptr, lse_ptr, delta_ptr, row, head, live, H, D)
+        dk, dv = dkv_step(dk, dv, q, k, v, do, lse, delta, None, scale)
     rows = (start + key).to(tl.int64) * K + kv_head
     add_rows(dk_ptr, rows, dk * dk_scale, key < length, D)
     add_rows(dv_ptr, rows, dv, key < length, D)
@@ -434,20 +491,19 @@ def _for_each_chunk(q, k, lists, cold_kernel, tile_kernel):
         num_warps=4,
     )  # fmt: skip
     merge = dict(
-        S_2=triton.next_power_of_2(lists.num_selected), MERGE=lists.cold is not None,
+        S_2=triton.next_power_of_2(lists.num_selected), MERGE=lists.index is not None,
         MERGE_STAGES=stages(q, 4),
     )  # fmt: skip
-    num_blocks = at.key_blocks(lists.block_size)
+    num_blocks, num_chunks = at.key_blocks(lists.block_size), triton.cdiv(tiles, lists.chunk)
     scratch = lists.chunk * queries * lists.num_selected
     for number, first in enumerate(range(0, tiles, lists.chunk)):
         n = min(lists.chunk, tiles - first)
-        if lists.cold:
+        if lists.index:
             positions = at.positions_before((first + n) * queries)
             seen = min(num_blocks, triton.cdiv(positions, lists.block_size) + at.samples)
-            first_offset = number * kv_heads * (num_blocks + 1)
             cold_kernel(
                 (seen * PARTS, kv_heads),
-                (tiles * queries, first * queries, first_offset, scratch, num_blocks),
+                (tiles * queries, first * queries, number, num_chunks, scratch, num_blocks),
                 sizes | {"PARTS": PARTS},
             )
         capacity = lists.hot_block.shape[2]
@@ -458,7 +514,7 @@ def _cold_scratch(q, lists, dtype, *size):
     """One value (or row) per pair and head of the group for one chunk; a stub if all is hot."""
     kv_heads = len(lists.hot_count)
     per_head = lists.chunk * lists.tile["QUERIES"] * lists.num_selected
-    pairs = kv_heads * per_head if lists.cold else 1
+    pairs = kv_heads * per_head if lists.index else 1
     return q.new_empty(pairs, lists.tile["G"], *size, dtype=dtype)
 
 
@@ -471,7 +527,7 @@ def selected_forward(q, k, v, lists, scale):
 
     def cold_kernel(grid, lengths, sizes):
         _cold_forward[grid](
-            q, k, v, *lists.cold, cold_o, cold_lse, *at.arguments, *lengths, scale,
+            q, k, v, *lists.index, cold_o, cold_lse, *at.arguments, *lengths, scale,
             num_stages=1, **sizes,
         )  # fmt: skip
 
@@ -493,8 +549,8 @@ def selected_dq(q, k, v, do, lse, delta, dq, lists, scale):
 
     def cold_kernel(grid, lengths, sizes):
         _cold_dq[grid](
-            *inputs, *lists.cold, cold_dq, *at.arguments, *lengths, scale, score_scale,
-            num_stages=1, maxnreg=THREE_PROGRAMS if q.element_size() == 2 else None, **sizes,
+            *inputs, *lists.index, cold_dq, *at.arguments, *lengths, scale, score_scale,
+            num_stages=1, maxnreg=for_three_programs(q), **sizes,
         )  # fmt: skip
 
     def tile_kernel(grid, lengths, sizes):
@@ -509,14 +565,13 @@ def selected_dq(q, k, v, do, lse, delta, dq, lists, scale):
 def selected_dkv(q, k, v, do, lse, delta, dk, dv, lists, scale):
     """Add this branch's gradients to dk and dv in place."""
     (score_scale, scale), at = scales(q, scale), lists.at
-    num_blocks, slots = at.key_blocks(lists.block_size), lists.pairs.shape[1]
-    index = _index_by_block(lists.pairs, lists.pairs >= 0, num_blocks, slots)
+    num_blocks, slots = at.key_blocks(lists.block_size), lists.cold_count.shape[1]
+    num_chunks = triton.cdiv(lists.hot_count.shape[1], lists.chunk)
+    index = lists.index or _index_by_block(lists.bins, 2 * num_chunks * num_blocks * k.shape[1])
     _dkv[(num_blocks, k.shape[1])](
-        q, k, v, do, lse, delta, *index, dk, dv, *at.arguments, slots, num_blocks, scale,
-        score_scale, S=lists.num_selected, TILE_QUERIES=lists.tile["QUERIES"],
-        **_block_sizes(lists.block_size), **heads_of(q, k), G=lists.tile["G"],
-        ROWS=fitting(q, DKV_ROWS),
-        num_warps=4, num_stages=stages(q, 2),
+        q, k, v, do, lse, delta, *index, dk, dv, *at.arguments, slots, num_blocks, num_chunks,
+        scale, score_scale, S=lists.num_selected, **_block_sizes(lists.block_size),
+        **heads_of(q, k), **lists.tile, num_warps=4, num_stages=stages(q, 2),
     )  # fmt: skip
 
 

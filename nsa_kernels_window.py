@@ -14,6 +14,7 @@ from .nsa_kernels_primitives import (
     dq_step,
     empty_softmax,
     fitting,
+    for_three_programs,
     heads_of,
     load_keys,
     load_queries,
@@ -26,7 +27,7 @@ from .nsa_kernels_primitives import (
     softmax_step,
     span,
     stages,
-    store_softmax,
+    store_rows,
     streams_of,
     tile_of,
     tl,
@@ -34,7 +35,7 @@ from .nsa_kernels_primitives import (
 )
 
 KEYS = 32  # per step; 64 is 20-30 % slower on an H100
-DKV_KEYS, DKV_ROWS = 64, 32  # 64 rows would spill registers
+DKV_KEYS = 64
 
 
 @triton.jit
@@ -42,9 +43,15 @@ def _in_window(position, key, WINDOW: tl.constexpr):
     return (key <= position) & (key > position - WINDOW)
 
 
+@triton.jit
+def _gate(gates_ptr, rows, live, BRANCH: tl.constexpr):
+    return tl.load(gates_ptr + rows * 3 + BRANCH, mask=live, other=0.0).to(tl.float32)[:, None]
+
+
 @triton.jit(do_not_specialize=["num_samples"])
 def _forward(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, num_samples, scale,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, gates_ptr, compressed_ptr, selected_ptr, sum_ptr,
+    cu_q_ptr, cu_k_ptr, num_samples, scale,
     WINDOW: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +73,17 @@ def _forward(
         s = dot(q, tl.trans(k)) * scale
         s = tl.where(_in_window(t[:, None], key[None, :], WINDOW), s, float("-inf"))
         acc, row_max, row_sum = softmax_step(s, v, acc, row_max, row_sum)
-    store_softmax(o_ptr, lse_ptr, rows, live, acc, row_max, row_sum, D)
+    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    if o_ptr is not None:
+        store_rows(o_ptr, rows, acc, live, D)
+        tl.store(lse_ptr + rows, row_max + tl.log2(row_sum), mask=live)
+    if sum_ptr is not None:
+        total = load_rows(compressed_ptr, rows, live, D).to(tl.float32)
+        total *= _gate(gates_ptr, rows, live, 0)
+        selected = load_rows(selected_ptr, rows, live, D).to(tl.float32)
+        total += selected * _gate(gates_ptr, rows, live, 1)
+        window = acc.to(q.dtype).to(tl.float32)  # rounded, as the other two are
+        store_rows(sum_ptr, rows, total + window * _gate(gates_ptr, rows, live, 2), live, D)
 
 
 @triton.jit(do_not_specialize=["num_samples"])
@@ -100,7 +117,7 @@ def _dkv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
     num_samples, scale, dk_scale,
     WINDOW: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
     sample, offset = locate(tl.program_id(0), cu_k_ptr, num_samples, KEYS)
@@ -115,13 +132,13 @@ def _dkv(
     cached = length - queries
     end = tl.minimum(length, offset + KEYS - 1 + WINDOW)
     oldest = tl.maximum(offset, cached)
-    for j in range(0, (end - oldest) * G, ROWS):
-        i = j + tl.arange(0, ROWS)  # rows are queries times heads, with no gap between queries
-        t = oldest + i // G
-        live = t < end
-        rows = (first + t - cached).to(tl.int64) * H + kv_head * G + i % G
-        q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
-        visible = _in_window(t[None, :], key[:, None], WINDOW)
+    query, rows, _ = packed_rows(first - cached, QUERIES, kv_head, H, G, ROWS)
+    for j in range(oldest, end, QUERIES):
+        live = query < tl.minimum(QUERIES, end - j)
+        q, do, lse, delta = load_queries(
+            q_ptr, do_ptr, lse_ptr, delta_ptr, rows + tl.cast(j, tl.int64) * H, live, D
+        )
+        visible = _in_window((j + query)[:, None], key[None, :], WINDOW)
         dk, dv = dkv_step(dk, dv, q, k, v, do, lse, delta, visible, scale)
     rows = (start + key).to(tl.int64) * K + kv_head
     add_rows(dk_ptr, rows, dk * dk_scale, key < length, D)
@@ -136,14 +153,21 @@ def _sizes(q, k, window_size, wanted_stages):
     )  # fmt: skip
 
 
-def window_forward(q, k, v, at, window_size, scale):
-    """o [Tq, H, D] and base-2 lse [Tq, H]."""
+def window_forward(q, k, v, at, window_size, scale, gated=None, keep=True):
+    """o [Tq, H, D] and base-2 lse [Tq, H], or None for both where not kept.
+
+    With `gated`, gates [Tq, H, 3] and the outputs of the compressed and the selected branch, also
+    the gated sum of the three branches: it costs least where one of them is in registers.
+    """
     sizes = _sizes(q, k, window_size, 3)
-    o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    o = torch.empty_like(q) if keep else None
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32) if keep else None
+    total = torch.empty_like(q) if gated else None
     _forward[(at.query_tiles(sizes["QUERIES"]), k.shape[1])](
-        q, k, v, o, lse, *at.arguments, scales(q, scale)[1], **sizes
-    )
-    return o, lse
+        q, k, v, o, lse, *(gated or (None, None, None)), total, *at.arguments,
+        scales(q, scale)[1], maxnreg=for_three_programs(q), **sizes,
+    )  # fmt: skip
+    return o, lse, total
 
 
 def window_dq(q, k, v, do, lse, delta, dq, at, window_size, scale):
@@ -159,9 +183,8 @@ def window_dkv(q, k, v, do, lse, delta, dk, dv, at, window_size, scale):
     """Add this branch's gradients to dk and dv in place."""
     keys, (score_scale, scale) = fitting(q, DKV_KEYS), scales(q, scale)
     _dkv[(at.key_blocks(keys), k.shape[1])](
-        q, k, v, do, lse, delta, dk, dv, *at.arguments, scale, score_scale, WINDOW=window_size,
-        KEYS=keys, ROWS=fitting(q, DKV_ROWS), G=q.shape[1] // k.shape[1], **heads_of(q, k),
-        num_warps=4, num_stages=stages(q, 2),
+        q, k, v, do, lse, delta, dk, dv, *at.arguments, scale, score_scale,
+        **(_sizes(q, k, window_size, 2) | {"KEYS": keys}),
     )  # fmt: skip
 
 
@@ -169,7 +192,7 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, at, window_size, scale):
         with torch.cuda.device_of(q):
-            o, lse = window_forward(q, k, v, at, window_size, scale)
+            o, lse, _ = window_forward(q, k, v, at, window_size, scale)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.at, ctx.sizes = at, (window_size, scale)
         return o
