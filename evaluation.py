@@ -18,24 +18,29 @@ killed one was; an answer is taken again only if nothing that could change it ha
 """
 
 import argparse
-import hashlib
-import inspect
 import json
-import platform
-import subprocess
 import sys
 import time
 import uuid
 from collections import defaultdict
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from evaluation_answers import options_of, read_answer, right_letter
 from evaluation_attention import BRANCHES, Witness, check, make_dense
+from evaluation_manifest import (
+    code_digest,
+    compare,
+    describe_medium,
+    describe_videos,
+    device_name,
+    digest,
+    versions,
+    weights_digest,
+    write_manifests,
+)
 
 try:
     import lmms_eval.__main__ as harness
@@ -56,16 +61,6 @@ except ImportError as error:
     ) from error
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = (
-    "lmms_eval",
-    "torch",
-    "torchvision",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "av",
-    "triton",
-)
 # Settings of a video's message, by the names that users of lmms-eval's models know as well.
 LIMITS = (
     "fps",
@@ -222,7 +217,7 @@ class VideoNSA(lmms):
                 "revision": getattr(config, "_commit_hash", None) or revision,
                 "weights": weights_digest(self.model),
             },
-            "code": code_digest(self.model),
+            "code": code_digest(self.model, self.processor),
             "libraries": versions(),
             "device": device_name(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -241,7 +236,7 @@ class VideoNSA(lmms):
                 "text": config._attn_implementation,
             },
             "video": self.limits,
-            "config": digest(config.to_dict()),
+            "config": digest({**config.to_dict(), "_name_or_path": None}),
             "processor": digest(
                 [
                     processor.video_processor.to_dict(),
@@ -471,264 +466,6 @@ def refuse_all_unreadable(records):
             )
 
 
-def describe_medium(part):
-    """Name and digest of an image or video of a message."""
-    medium = part.get("video", part.get("image"))
-    span = {name: part[name] for name in ("video_start", "video_end") if name in part}
-    if isinstance(medium, (str, Path)) and Path(medium).is_file():
-        with open(medium, "rb") as file:
-            # The ends of a file and its size tell it from another without reading it whole.
-            start, size = file.read(2**16), file.seek(0, 2)
-            file.seek(max(0, size - 2**16))
-            content = hashlib.sha256(start + file.read() + str(size).encode()).hexdigest()[:16]
-        return {"file": Path(medium).name, "content": content, **span}
-    if hasattr(medium, "tobytes"):
-        return {"file": part["type"], "content": hashlib.sha256(medium.tobytes()).hexdigest()[:16]}
-    return {"file": str(medium), "content": None, **span}
-
-
-def describe_videos(inputs, processor):
-    """Frames, size, sampled rate and tokens of each video, as the model gets it."""
-    grids, seconds = inputs.get("video_grid_thw"), inputs.get("second_per_grid_ts")
-    pair, patch, merge = processor.temporal_patch_size, processor.patch_size, processor.merge_size
-    return [
-        {
-            "frames": time * pair,
-            "height": height * patch,
-            "width": width * patch,
-            "fps": round(pair / float(step), 4),
-            "tokens": time * height * width // merge**2,
-        }
-        for (time, height, width), step in zip(
-            [] if grids is None else grids.tolist(), [] if seconds is None else seconds, strict=True
-        )
-    ]
-
-
-def digest(value):
-    """16 hexadecimal digits of anything JSON can hold; other objects count by what they print."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def weights_digest(model):
-    """A digest of the weights that are loaded, wherever they came from."""
-    tensors = [
-        (name, str(x.dtype), list(x.shape), int(x.contiguous().view(torch.uint8).sum()))
-        for name, x in model.state_dict().items()
-        if x.numel()
-    ]
-    return digest(tensors)
-
-
-def code_digest(model):
-    """A digest of the checkpoint's code as loaded, and of this script with its commit."""
-    loaded = Path(inspect.getfile(type(model))).parent
-    own = sorted(HERE.glob("evaluation*.py"))
-    sources = {path.name: path.read_text(encoding="utf-8") for path in [*loaded.glob("*.py"), *own]}
-    return digest(sources)
-
-
-def commit():
-    """The commit of the repository that this script is in, with "+" where files were changed."""
-    git = ["git", "-C", str(HERE)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
-    except OSError:
-        return None
-    return head.stdout.strip() + "+" * bool(dirty.stdout) if head.returncode == 0 else None
-
-
-def versions():
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            pass
-    return found
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
-
-
-def write_manifests(model, args, results, samples):
-    """A manifest beside lmms-eval's results for each task; returns their paths.
-
-    results and samples are what lmms-eval's cli_evaluate_single returns.
-    """
-    folder = Path(args.output_path) / results["model_name_sanitized"]
-    date, paths = results["date"].replace(":", "-"), []
-    for task, logged in samples.items():
-        records = {r["doc_id"]: r for r in model.records if r["task"] == task}
-        manifest = {
-            "task": {
-                "name": task,
-                "version": results["versions"].get(task),
-                "config": digest(results["configs"][task]),
-                "settings": results["configs"][task].get("dataset_kwargs"),
-                "documents": results.get("task_hashes", {}).get(task),
-                "dataset": results["configs"][task].get("dataset_path"),
-                "revision": revision_of(model.task_dict[task]),
-            },
-            "date": results["date"],
-            "command": args.command,
-            "scores": scores_of(results["results"][task]),
-            **summarize(logged, records, model.task_dict[task]),
-            "proof": prove(records.values(), model.attention),
-            "preset": args.preset_record,
-            "generation": {
-                "from_checkpoint": model.brought,
-                "by_task": distinct(r["generation"] for r in records.values()),
-            },
-            "fingerprint": model.fingerprint,
-            "settings": {**model.settings, "commit": commit()},
-            "per_sample": [records[doc_id] for doc_id in sorted(records)],
-        }
-        path = folder / f"{date}_manifest_{task}.json"
-        path.write_text(json.dumps(manifest, indent=1, default=str) + "\n", encoding="utf-8")
-        paths.append(path)
-    return paths
-
-
-def scores_of(results):
-    """Metric to score, without lmms-eval's filter names and errors."""
-    return {
-        name.removesuffix(",none"): value
-        for name, value in results.items()
-        if isinstance(value, (int, float)) and "stderr" not in name and name != "samples"
-    }
-
-
-def distinct(items):
-    return list({json.dumps(item, sort_keys=True): item for item in items}.values())
-
-
-def revision_of(dataset):
-    """The commit that a task's documents came from on the Hub; None for others."""
-    sources = list(next(iter(dataset.values())).info.download_checksums or {})
-    found = {s.split("@", 1)[1].split("/")[0] for s in sources if s.startswith("hf://")}
-    return ", ".join(sorted(found)) or None
-
-
-def summarize(logged, records, dataset):
-    """Over how many samples a score is, what could not be read, and our own reading of letters.
-
-    lmms-eval's score counts a sample without a readable video as answered with nothing.
-    """
-    logged = {sample["doc_id"]: sample for sample in logged}
-    undecodable = [r for r in records.values() if r["error"] is not None]
-    right, unreadable, choices = 0, [], 0
-    docs = dataset[next(iter(records.values()))["split"]]
-    for doc_id, sample in logged.items():
-        options = options_of(str(sample["input"]))
-        letter = right_letter(sample["target"], docs[doc_id], options)
-        if not options or letter is None:
-            continue
-        choices += 1
-        answer = records[doc_id].get("answer", "")
-        said = read_answer(answer, options)
-        right += said == letter
-        if said is None and records[doc_id]["error"] is None:
-            unreadable.append({"doc_id": doc_id, "answer": answer})
-    return {
-        "samples": {
-            "scored": len(logged),
-            "of": len(docs),
-            "answered": len(records) - len(undecodable),
-            "undecodable": len(undecodable),
-            "from_an_earlier_run": sum(bool(r.get("again")) for r in records.values()),
-        },
-        "undecodable": [
-            {"doc_id": r["doc_id"], "files": r.get("files"), "reason": r["error"]}
-            for r in undecodable
-        ],
-        "multiple_choice": {
-            "questions": choices,
-            "accuracy": right / choices if choices else None,
-            "unreadable": unreadable,
-        },
-    }
-
-
-def prove(records, attention):
-    """The sum of all samples' witnesses; raises WrongAttention where one saw other attention."""
-    reports = [record["witness"] for record in records if record["error"] is None]
-    for report in reports:
-        check(report, attention)
-    total = sum(report["vision_tokens"] for report in reports)
-    columns = zip(*(report["sparse_tokens_by_layer"] for report in reports), strict=True)
-    layers = [sum(column) for column in columns]
-    return {
-        "vision_tokens": total,
-        "sparse_tokens_by_layer": layers,
-        "sparse_share_of_layers": sum(map(bool, layers)) / len(layers),
-        "sparse_share_of_tokens": sum(layers) / (total * len(layers)) if total else 0.0,
-        "functions": sorted({name for report in reports for name in report["functions"]}),
-        "settings": distinct(r["settings"] for r in reports if r["settings"]),
-        "mean_gates": {
-            branch: round(sum(r["mean_gates"][branch] for r in reports) / len(reports), 4)
-            for branch in BRANCHES
-        },
-    }
-
-
-def compare(paths):
-    """One table of manifests, files or folders of them: a row per score, a column per setting.
-
-    Of several manifests of one setting and task the one over the most samples counts, then the
-    newest.
-    """
-    files = [
-        file
-        for path in map(Path, paths)
-        for file in (sorted(path.rglob("*_manifest_*.json")) if path.is_dir() else [path])
-    ]
-    if not files:
-        raise ValueError(f"there is no manifest in {', '.join(map(str, paths))}")
-    best = {}
-    for file in files:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        place = (label(manifest), manifest["fingerprint"]), manifest["task"]["name"]
-        rank = (manifest["samples"]["scored"], manifest["date"])
-        if place not in best or rank > best[place][0]:
-            best[place] = rank, manifest
-    cells, columns = defaultdict(dict), sorted({column for column, _ in best})
-    for (column, task), (_, manifest) in best.items():
-        count, multiple = manifest["samples"], manifest["multiple_choice"]
-        for metric, score in manifest["scores"].items():
-            cells[task, 1, metric][column] = f"{score:.4g}"
-        if multiple["questions"]:
-            unread = len(multiple["unreadable"])
-            cells[task, 2, "read alike"][column] = f"{multiple['accuracy']:.4g} ({unread} unread)"
-        cells[task, 3, "samples"][column] = f"{count['scored']} of {count['of']}" + (
-            f", {count['undecodable']} undecodable" if count["undecodable"] else ""
-        )
-    lines = [["task", "", *(name for name, _ in columns)], ["---"] * (len(columns) + 2)]
-    for (task, _, metric), row in sorted(cells.items()):
-        lines.append([task, metric, *(row.get(column, "") for column in columns)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def label(manifest):
-    """A column's name: checkpoint, attention and what is not as the checkpoint has it."""
-    settings = manifest["settings"]
-    attention = settings["attention"]
-    parts = [Path(settings["checkpoint"]["name"]).resolve().name, attention["asked"]]
-    if attention["asked"] == "sparse":
-        gates = [branch for branch, is_open in attention["gates"].items() if is_open]
-        parts.append("+".join(gates) if len(gates) < len(BRANCHES) else "all branches")
-        parts.append(f"b{attention['selected_blocks']} w{attention['window']}")
-    if manifest["preset"]:
-        parts.append(f"preset {manifest['preset']['name']}")
-    parts += [
-        f"{name} {value}" for name, value in (manifest["preset"] or {}).get("yours", {}).items()
-    ]
-    return ", ".join(parts)
-
-
 def parse_arguments(argv):
     """(our options, lmms-eval's arguments)"""
     parser = argparse.ArgumentParser(
@@ -756,6 +493,10 @@ def parse_arguments(argv):
     options, others = parser.parse_known_args(argv)
     if options.compare is None and options.model is None:
         parser.error("give --model, or --compare")
+    for name in ("model_args", "gen_kwargs"):
+        pairs = getattr(options, name)
+        if not all("=" in pair for pair in filter(None, pairs.split(","))):
+            parser.error(f"--{name} is {pairs!r}; give name=value, comma-separated")
     if any(argument.split("=")[0] in ("--use_cache", "-c") for argument in others):
         parser.error(
             "--use_cache gives old answers of other weights; evaluation.py keeps answers itself"

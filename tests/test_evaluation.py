@@ -245,8 +245,10 @@ def test_a_dense_run_says_so_and_the_table_has_both(tmp_path, capsys):
     assert run(tmp_path, "--branches", "compressed,window", "--window", 16) == 0
     capsys.readouterr()
     assert evaluation.main(["--compare", str(tmp_path)]) == 0
-    head, _, *rows = capsys.readouterr().out.splitlines()
+    head, _, weights, code, *rows = capsys.readouterr().out.splitlines()
     assert ", dense" in head and ", sparse, compressed+window, b4 w16" in head
+    digest = manifest["settings"]["checkpoint"]["weights"]
+    assert weights == f"|  | weights | {digest} | {digest} |" and "code" in code
     assert "| clips_8 | samples | 2 of 80 | 2 of 80 |" in rows
 
 
@@ -310,13 +312,18 @@ def test_a_changed_setting_takes_no_old_answer(load, change):
 def test_other_weights_take_no_old_answer_wherever_they_lie(load, tmp_path):
     folder = copy_checkpoint(tmp_path / "copy")
     copied = load(folder)
-    assert copied.settings["checkpoint"]["weights"] == load().settings["checkpoint"]["weights"]
+    assert copied.fingerprint == load().fingerprint
     copied.model.model.language_model.layers[0].self_attn.g_proj_2.bias.data[0] += 0.5
     assert evaluation.weights_digest(copied.model) != copied.settings["checkpoint"]["weights"]
     # The code that runs, which is transformers' copy of the checkpoint's.
-    code = Path(inspect.getfile(type(copied.model))).with_name("nsa_reference.py")
-    edit(code, "The three branches", "Its three branches")
-    assert evaluation.code_digest(copied.model) != copied.settings["code"]
+    for loaded, name in (
+        (copied.model, "nsa_reference"),
+        (copied.processor, "processing_videonsa"),
+    ):
+        before = evaluation.code_digest(copied.model, copied.processor)
+        code = Path(inspect.getfile(type(loaded))).with_name(f"{name}.py")
+        code.write_text(code.read_text() + "\n")
+        assert evaluation.code_digest(copied.model, copied.processor) != before
 
 
 def test_an_asked_question_is_part_of_its_key(load, task):
@@ -416,10 +423,29 @@ def test_nothing_readable_is_an_error():
         evaluation.refuse_all_unreadable(records)
 
 
-def test_lmms_evals_cache_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--use_cache", "x"], "old answers of other weights"),
+        (["--model_args", "fps"], "--model_args is 'fps'; give name=value"),
+        (["--attention", "full"], "invalid choice: 'full'"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_loads(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        evaluation.main(["--model", str(ROOT), "--tasks", "clips_8", "--use_cache", "x"])
-    assert "old answers of other weights" in capsys.readouterr().err
+        evaluation.main(["--model", str(ROOT), "--tasks", "clips_8", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_the_harness_that_is_missing_is_asked_for(tmp_path):
+    (tmp_path / "lmms_eval.py").write_text("raise ImportError('none here', name='lmms_eval')")
+    done = subprocess.run(
+        [sys.executable, ROOT / "evaluation.py", "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert "pip install -r requirements-eval.txt -c constraints-eval.txt" in done.stderr
 
 
 @pytest.mark.parametrize(
