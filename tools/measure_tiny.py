@@ -21,12 +21,10 @@ from pathlib import Path
 import torch
 from make_clips import KINDS, NEW_KINDS, SAMPLED_FPS
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VLAttention,
-    Qwen2_5_VLTextModel,
-)
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from evaluation_attention import make_dense  # noqa: E402
 
 
 def load(folder, attention):
@@ -35,18 +33,6 @@ def load(folder, attention):
     if attention == "dense":
         make_dense(model.model.language_model)
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-
-
-def make_dense(language_model):
-    """Turn VideoNSA's language model into Qwen2.5-VL's in place; the gates are left out."""
-
-    class Dense(type(language_model)):
-        def forward(self, *args, nsa_vision=None, nsa_chunk_size=None, **kwargs):
-            return Qwen2_5_VLTextModel.forward(self, *args, **kwargs)
-
-    language_model.__class__ = Dense
-    for layer in language_model.layers:
-        layer.self_attn.__class__ = Qwen2_5_VLAttention
 
 
 @torch.no_grad()
