@@ -4,12 +4,14 @@
     python ask.py clip.mp4 other.webm picture.png "What do these have in common?" --fps 1
     python ask.py clip.mp4 --interactive
 
-Prints what is taken of each video and how many tokens that is before the model runs, then streams
-the answer. With --interactive, further questions are read line by line and answered on the same
-cache; a line "/video PATH" or "/image PATH" adds a file to the question that follows.
+Prints what is taken of each video, how many tokens that is and what memory it will need before the
+model runs, then streams the answer. With --interactive, further questions are read line by line and
+answered on the same cache; a line "/video PATH" or "/image PATH" adds a file to the question that
+follows, Ctrl-C drops a question.
 """
 
 import argparse
+import gc
 import json
 import mimetypes
 import os
@@ -23,7 +25,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.image_utils import load_image
 from transformers.utils import logging
 
+from forecast_videonsa import forecast
+
 ANSWER = "<answer>"  # stands for an earlier answer where a template is rendered around it
+MARGIN = 1.1  # a forecast this much above the memory there is does not fit for sure
+LESS = "take less of the videos with --max-tokens, --max-frames, --fps or --max-pixels"
 
 
 def parse_arguments(argv=None):
@@ -78,22 +84,33 @@ def is_image(path):
     return kind.startswith("image/") and kind != "image/gif"
 
 
+class TooLarge(ValueError):
+    """A question for which the device's memory does not suffice, or did not."""
+
+
 class Conversation:
     """Turns of one conversation, answered on one cache.
 
+    load_model: loads the model for a prompt of so many tokens.
+    foresee: the `Forecast` of a prompt from its tokens, vision tokens and the answer's tokens.
     limits: what is taken of every video, as `plan_video` of the processor names it.
     max_tokens: vision tokens that one turn may bring.
     """
 
-    def __init__(self, processor, load_model, limits, max_tokens, max_new_tokens, stream):
+    def __init__(self, processor, load_model, foresee, limits, max_tokens, max_new_tokens, stream):
         self.processor, self.load_model, self.model = processor, load_model, None
+        self.foresee = foresee
         self.limits, self.max_tokens, self.stream = limits, max_tokens, stream
         self.generation = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
         self.sequence = None  # ids [1, length] of all turns so far
         self.cache = {}  # under the name that generate takes it by
 
     def ask(self, files, question, say=print):
-        """Answers one question about these files and what came before; returns a record of it."""
+        """Answers one question about these files and what came before; returns a record of it.
+
+        Raises TooLarge where memory does not suffice. After this and any other exception, Ctrl-C
+        too, the conversation is as it was before the question.
+        """
         content, images = [], []
         for path in files:
             if not is_media(path):
@@ -108,7 +125,6 @@ class Conversation:
         for medium in record["media"]:
             say(f"{medium['file']}: {medium['taken']}")
 
-        start = time.monotonic()
         inputs = self.processor(
             text=[self.render(content)],
             images=images or None,
@@ -122,29 +138,57 @@ class Conversation:
             inputs["input_ids"] = torch.cat([self.sequence, inputs["input_ids"]], dim=1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         record["prompt_tokens"] = prompt = inputs["input_ids"].shape[1]
-        record["reading_seconds"] = round(time.monotonic() - start, 2)
         say(f"{prompt:,} tokens in the prompt, {vision:,} of them new vision tokens")
+        expected = self.foresee(prompt, vision, self.generation.get("max_new_tokens", 0))
+        record["forecast_gib"] = round(expected.peak, 3)
+        say(expected.describe())
+        frames = sum(medium.get("frames", 0) for medium in record["media"])
+        if expected.fits is False and expected.peak > MARGIN * expected.available:
+            raise TooLarge(too_large("this does not fit", expected, frames))
 
-        if self.model is None:
-            self.model = self.load_model(prompt)
         start = time.monotonic()
-        tokenizer = self.processor.tokenizer
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        output = self.model.generate(
-            **inputs.to(self.model.device),
-            **self.cache,
-            **self.generation,
-            streamer=streamer if self.stream else None,
-            return_dict_in_generate=True,
-        )
+        output = self.generate(inputs, prompt)
+        if output is None:
+            raise TooLarge(too_large("out of memory", expected, frames))
         name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
         self.cache = {name: output[name]}
         self.sequence = output["sequences"].cpu()
         answer = self.sequence[0, prompt:]
+        tokenizer = self.processor.tokenizer
         record["answer"] = tokenizer.decode(answer, skip_special_tokens=True).strip()
         record["answer_tokens"] = len(answer)
         record["answering_seconds"] = round(time.monotonic() - start, 2)
         return record
+
+    def generate(self, inputs, prompt):
+        """The model's outputs, or None when it ran out of memory; the cache is then as before."""
+        cached = next(iter(self.cache.values()), None)
+        length = 0 if cached is None else cached.get_seq_length()
+        streamer = TextStreamer(
+            self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
+        )
+        pixels, output = inputs.get("pixel_values_videos"), None
+        try:
+            if self.model is None:
+                self.model = self.load_model(prompt)
+            output = self.model.generate(
+                **inputs.to(self.model.device),
+                **self.cache,
+                **self.generation,
+                streamer=streamer if self.stream else None,
+                return_dict_in_generate=True,
+            )
+        except torch.OutOfMemoryError:
+            pass  # as long as it is handled, it holds on to the memory that is to be freed
+        finally:
+            getattr(pixels, "close", lambda: None)()  # a stream that was not read to its end
+            if output is None:
+                gc.collect()
+                if cached is not None:
+                    crop(cached, length)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        return output
 
     def plan(self, files, content, images):
         """The content with its token budget shared out, and a record of what is taken."""
@@ -188,6 +232,18 @@ class Conversation:
         return text
 
 
+def crop(cache, length):
+    """Cuts a cache to its first `length` tokens; its layers may differ after an interruption."""
+    for layer in cache.layers:
+        # Copies, because a part of a tensor would keep the memory of the whole.
+        layer.keys = layer.keys[..., :length, :].clone()
+        layer.values = layer.values[..., :length, :].clone()
+
+
+def too_large(what, expected, frames):
+    return f"{what}: {expected.describe()}; {expected.remedies(frames) or LESS}"
+
+
 def image_size(processor, image):
     """("height x width" that an image is resized to, its tokens)."""
     grid = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"][0]
@@ -196,7 +252,7 @@ def image_size(processor, image):
 
 
 def loader(options):
-    """A function that loads the model for a prompt of so many tokens."""
+    """`load_model` and `foresee` of a conversation."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "auto":
         try:
@@ -212,6 +268,15 @@ def loader(options):
             {**text.to_dict(), "nsa_backend": options.backend}
         )
 
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+
+    def foresee(prompt, vision, new):
+        # What "auto" puts on which device is not known before it is done.
+        where = None if device == "auto" else device
+        return forecast(
+            config, prompt, vision_tokens=vision, new_tokens=new, dtype=dtype, device=where
+        )
+
     def load(prompt):
         if prompt > text.max_position_embeddings:
             print(
@@ -223,11 +288,11 @@ def loader(options):
             options.model,
             config=config,
             trust_remote_code=True,
-            dtype=torch.float32 if device == "cpu" else torch.bfloat16,
+            dtype=dtype,
             device_map=device,
         )
 
-    return load
+    return load, foresee
 
 
 def questions():
@@ -260,15 +325,26 @@ def main():
         logging.disable_progress_bar()
 
     def answer(files, question):
-        record = conversation.ask(files, question, say)
+        """Whether the question was answered, not interrupted."""
+        try:
+            record = conversation.ask(files, question, say)
+        except KeyboardInterrupt:
+            if not options.interactive:
+                raise
+            print(
+                "\nask.py: interrupted; the conversation goes on as it was before this question",
+                file=sys.stderr,
+            )
+            return False
         if options.json:
             print(json.dumps({"question": question, **record}), flush=True)
+        return True
 
     try:
         processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
         conversation = Conversation(
             processor,
-            loader(options),
+            *loader(options),
             limits,
             options.max_tokens,
             options.max_new_tokens,
@@ -276,16 +352,12 @@ def main():
         )
         files = options.files
         if options.question is not None:
-            answer(files, options.question)
-            files = []
+            files = [] if answer(files, options.question) else files
         for added, question in questions() if options.interactive else ():
             try:
-                answer([*files, *added], question)
-                files = []
+                files = [] if answer([*files, *added], question) else files
             except (ValueError, OSError) as error:  # a mistyped path does not end the conversation
                 print("ask.py:", " ".join(str(error).split()), file=sys.stderr)
-    except torch.OutOfMemoryError:
-        fail("out of memory; take less of the videos with --max-tokens, --max-frames or --fps")
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -4,6 +4,8 @@ import importlib.util
 import inspect
 import io
 import json
+import re
+import signal
 import subprocess
 import sys
 
@@ -18,6 +20,7 @@ import clips
 
 @pytest.fixture(scope="module")
 def ask():
+    sys.path.insert(0, str(ROOT))  # where a script finds the files beside it
     spec = importlib.util.spec_from_file_location("ask", ROOT / "ask.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -51,10 +54,26 @@ def test_it_answers_from_a_shell(folder):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    plan, tokens, *answer = done.stdout.splitlines()
+    plan, tokens, expected, *answer = done.stdout.splitlines()
     assert answer
     assert plan == "five.mp4: 5 s at 2 fps = 10 frames, 84x140, 75 tokens"
     assert tokens.endswith(" tokens in the prompt, 75 of them new vision tokens")
+    assert re.fullmatch(
+        r"1\d\d tokens: [\d.]+ MiB weights \+ [\d.]+ MiB cache, peak [\d.]+ MiB", expected
+    )
+
+
+def test_ctrl_c_ends_it_at_once(folder):
+    command = [sys.executable, "-u", ROOT / "ask.py", "five.mp4", "What?", "--fps", "10"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, **pipes) as process:
+        for line in process.stdout:
+            if "MiB weights" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
 
 
 def test_several_files_and_limits(ask, folder, monkeypatch, capsys):
@@ -69,6 +88,7 @@ def test_several_files_and_limits(ask, folder, monkeypatch, capsys):
     assert record["media"][0]["taken"] == "5 s at 1 fps = 4 frames, 28x84, 6 tokens"
     assert record["media"][1]["taken"] == "56x84, 6 tokens"
     assert record["question"] == "What is shown?" and record["answer_tokens"] == 2
+    assert 0 < record["forecast_gib"] < 1
     assert len(out.splitlines()) == 1
 
 
@@ -135,6 +155,106 @@ def test_a_conversation_without_a_first_question(ask, folder, monkeypatch, capsy
     assert "five.mp4: 5 s at 2 fps = 10 frames" in capsys.readouterr().out
 
 
+def conversation(ask, processor, model, answer_length, available=None):
+    def foresee(prompt, vision, new):
+        return ask.forecast(
+            model.config, prompt, vision_tokens=vision, new_tokens=new, available=available
+        )
+
+    return ask.Conversation(
+        processor, lambda prompt: model, foresee, {}, None, answer_length, stream=False
+    )
+
+
+def quiet(line):
+    pass
+
+
+class Stop:
+    """Raises an exception in the last layer of a model, at a call of so many tokens or more."""
+
+    def __init__(self, model, error, tokens):
+        self.error, self.tokens = error, tokens
+        layer = model.model.language_model.layers[-1]
+        self.handle = layer.register_forward_pre_hook(self.check, with_kwargs=True)
+
+    def check(self, layer, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] >= self.tokens:
+            self.handle.remove()
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_a_turn_that_fails_leaves_the_conversation_as_it_was(ask, folder, error):
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True)
+    raised = KeyboardInterrupt if error is KeyboardInterrupt else ask.TooLarge
+    first, later = str(folder / "five.mp4"), str(folder / "two.webm")
+    records = []
+    for failing in (False, True):
+        chat = conversation(ask, processor, model, 3)
+        if failing:
+            Stop(model, error("no memory"), 50)
+            with pytest.raises(raised):
+                chat.ask([first], "What is shown?", quiet)
+            assert chat.cache == {} and chat.sequence is None
+        records.append([chat.ask([first], "What is shown?", quiet)])
+        if failing:
+            # Every layer but the last has taken the new video in, or a token of the answer.
+            for tokens in (10, 1):
+                Stop(model, error("no memory"), tokens)
+                with pytest.raises(raised):
+                    chat.ask([later], "Compare them.", quiet)
+            assert (
+                len(
+                    {layer.keys.shape[2] for cache in chat.cache.values() for layer in cache.layers}
+                )
+                == 1
+            )
+        records[-1].append(chat.ask([later], "And this?", quiet))
+        records[-1].append(chat.sequence)
+    for one in (record for turns in records for record in turns[:2]):
+        del one["answering_seconds"]
+    assert records[0][:2] == records[1][:2]
+    assert torch.equal(records[0][2], records[1][2])
+
+
+def test_what_does_not_fit_is_refused_before_the_model_is_loaded(ask, folder):
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True)
+    whole = ask.forecast(model.config, 100, vision_tokens=75).peak * 2**30
+    chat = conversation(ask, processor, model, 3, available=0.8 * whole)
+    chat.load_model = None
+    with pytest.raises(ask.TooLarge, match=r"does not fit: 1\d\d tokens: .* of the 10 frames, or"):
+        chat.ask([str(folder / "five.mp4")], "What is shown?", quiet)
+    chat = conversation(ask, processor, model, 3, available=0.95 * whole)  # it may yet
+    chat.ask([str(folder / "five.mp4")], "What is shown?", quiet)
+
+
+def test_ctrl_c_drops_a_question(ask, folder, monkeypatch, capsys):
+    generate, fails = ask.Conversation.generate, iter([True, False, True, False])
+
+    def interrupted(self, *args):
+        if next(fails):
+            raise KeyboardInterrupt
+        return generate(self, *args)
+
+    monkeypatch.setattr(ask.Conversation, "generate", interrupted)
+    options = ["--interactive", "--json", "--max-new-tokens", 2]
+    lines = "What is shown?\nAnd then?\nAnd now?"
+    run(ask, monkeypatch, folder / "five.mp4", "Hm?", *options, lines=lines)
+    out, error = capsys.readouterr()
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [one["question"] for one in records] == ["What is shown?", "And now?"]
+    assert [[m["tokens"] for m in one["media"]] for one in records] == [[75], []]
+    assert error.count("interrupted; the conversation goes on as it was") == 2
+    fails = iter([True])
+    with pytest.raises(SystemExit) as stopped:
+        run(ask, monkeypatch, folder / "five.mp4", "Hm?", *options[1:])
+    assert stopped.value.code == 130
+
+
 @pytest.mark.parametrize("answer_length", [3, 64], ids=["cut off", "to its end"])
 def test_later_turns_equal_one_prefill_of_the_whole(ask, folder, answer_length):
     """Three turns, the last one with a second video, against one prompt of all of it."""
@@ -146,7 +266,7 @@ def test_later_turns_equal_one_prefill_of_the_whole(ask, folder, answer_length):
             weight.data.normal_(0, 2 * weight.shape[1] ** -0.5)
     if answer_length == 64:
         stop_after(model, 5, processor.tokenizer.eos_token_id)
-    chat = ask.Conversation(processor, lambda prompt: model, {}, None, answer_length, stream=False)
+    chat = conversation(ask, processor, model, answer_length)
     chat.generation["output_logits"] = True
     outputs, generate = [], model.generate
     model.generate = lambda **inputs: outputs.append(generate(**inputs)) or outputs[-1]
@@ -154,7 +274,7 @@ def test_later_turns_equal_one_prefill_of_the_whole(ask, folder, answer_length):
     messages = []
     for files, question in questions:
         files = [str(folder / name) for name in files]
-        record = chat.ask(files, question, say=lambda line: None)
+        record = chat.ask(files, question, quiet)
         content = [{"type": "video", "video": path} for path in files]
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
         prompt = chat.sequence[:, : record["prompt_tokens"]]
