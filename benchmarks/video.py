@@ -13,7 +13,8 @@ frame, 144 tokens for two), every reader gives the same number of frames, evenly
                 qwen-vl-utils with that decoder, then Qwen2.5-VL's own video processor
 
 Each measurement is a process of its own, so that its peak memory is its own; "beyond imports" is
-that peak less what the process had when its imports were done. A decoder that is not installed or
+that peak less what the process had when its imports were done. CPU seconds are those of all
+threads: on a machine with other work, compare these. A decoder that is not installed or
 does not run here is left out with its error. torchcodec needs FFmpeg's shared libraries.
 """
 
@@ -57,17 +58,19 @@ def main():
     names = ("av", "torch", "transformers", "qwen-vl-utils", "torchcodec", "decord")
     print(f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, {versions(names)}")
     print(f"{path}: {os.path.getsize(path) / 2**20:.0f} MiB\n")
-    print("| reader | frames | seconds | first rows after | peak MiB | beyond imports |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| reader | frames | seconds | first rows after | CPU seconds | peak MiB | beyond imports |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for frames in args.frames:
         for reader in args.readers:
             runs = [in_a_process(reader, path, frames) for _ in range(args.runs)]
             if failed := next((run for run in runs if isinstance(run, str)), None):
-                print(f"| {reader} | {frames} | does not run: {failed} | | | |", flush=True)
+                print(f"| {reader} | {frames} | does not run: {failed} | | | | |", flush=True)
                 continue
-            seconds, first, peak, beyond = (statistics.median(x) for x in zip(*runs, strict=True))
+            seconds, first, cpu, peak, beyond = map(statistics.median, zip(*runs, strict=True))
             print(
-                f"| {reader} | {frames} | {seconds:.1f} | {first:.1f} | {peak:,.0f} | "
+                f"| {reader} | {frames} | {seconds:.1f} | {first:.1f} | {cpu:.1f} | {peak:,.0f} | "
                 f"{beyond:,.0f} |",
                 flush=True,
             )
@@ -141,12 +144,9 @@ def in_a_process(reader, path, frames):
 
 
 def measure(reader, path, frames):
-    """Seconds for all rows and for the first, MiB of host memory at the peak, and of that, read."""
-    read = OURS[reader] if reader in OURS else qwens
-    read = read()
-    before = peak_mib()
-    start = time.monotonic()
-    rows = 0
+    """Seconds for all rows, for the first, of CPU time; MiB at the peak, and since the imports."""
+    read = OURS[reader]() if reader in OURS else qwens()
+    before, cpu, start, rows = peak_mib(), time.process_time(), time.monotonic(), 0
     for first in read(path, frames):
         if not rows:
             first_seconds = time.monotonic() - start
@@ -155,7 +155,7 @@ def measure(reader, path, frames):
     seconds = time.monotonic() - start
     if rows != frames // 2 * 144 * 4:
         raise ValueError(f"{rows} rows of {frames} frames")
-    return seconds, first_seconds, peak_mib(), peak_mib() - before
+    return seconds, first_seconds, time.process_time() - cpu, peak_mib(), peak_mib() - before
 
 
 def peak_mib():
