@@ -236,6 +236,7 @@ class VideoNSA(lmms):
                 "text": config._attn_implementation,
             },
             "video": self.limits,
+            "special_tokens": self.brought["kept"],
             "config": digest({**config.to_dict(), "_name_or_path": None}),
             "processor": digest(
                 [

@@ -339,6 +339,21 @@ def test_an_asked_question_is_part_of_its_key(load, task):
     assert again(model) == [False]
 
 
+def test_another_video_of_the_same_name_is_asked_about_again(load, task):
+    answer(load(), task)
+    docs = task.dataset["test"]
+    path, *_ = task.doc_to_visual(docs[0])
+    other, *_ = task.doc_to_visual(docs[len(docs) - 1])
+    first = Path(path).read_bytes()
+    Path(path).write_bytes(Path(other).read_bytes())
+    try:
+        model = load()
+        answer(model, task, task.instances[:1])
+        assert again(model) == [False]
+    finally:
+        Path(path).write_bytes(first)
+
+
 def test_a_batch_answers_as_its_samples_alone(load, task):
     assert answer(load(batch_size=3), task) == answer(load(), task)
 
@@ -351,6 +366,7 @@ def test_what_the_checkpoint_brings_does_not_leak_in(load, task, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({**settings, **hidden}))
     model = load(folder)
     given = answer(model, task)
+    shutil.rmtree(model.journal.folder)  # the other checkpoint would take these answers
     assert given == answer(load(), task)
     assert model.brought["overridden"] == {**hidden, "max_new_tokens": 64}
     assert model.brought["kept"]["eos_token_id"] == [1004, 1002]
