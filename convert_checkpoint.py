@@ -36,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 CODE_FILES = (
     "configuration_videonsa.py",
     "modeling_videonsa.py",
+    "fused_videonsa.py",
     "nsa_reference.py",
     "nsa_kernels.py",
     "nsa_kernels_choice.py",

@@ -1,0 +1,427 @@
+"""RMSNorm, SwiGLU and rotary embedding in one pass over memory each, forward and backward.
+
+Every function equals Qwen2.5-VL's own expression, rounding for rounding. On CUDA with Triton they
+are kernels; elsewhere, for other dtypes, and under torch.compile, which fuses by itself, they are
+that expression in plain PyTorch.
+
+Shapes: D features, I intermediate features, H heads. One row is [D], [I] or a token's [H, D].
+Numbers: statistics and products in float32, row numbers in int64, rows on grid axis 0.
+"""
+
+import torch
+from torch import nn
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLRMSNorm,
+    Qwen2MLP,
+    rotate_half,
+)
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_FEATURES = 32768  # of a row that one program keeps in registers
+WEIGHT_GRADIENT_PROGRAMS = 512  # fixed, so that the sum over rows has one order on every device
+SWIGLU_COLUMNS = 4096
+
+
+def rms_norm(x, weight, eps):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, [..., D].
+
+    Float32 inside, cast to x's dtype, then times the weight. Differentiable in x and weight.
+    """
+    if not (_runs_fused(x, weight) and x.shape[-1] <= MAX_FEATURES):
+        normed = x.float()
+        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * normed.to(x.dtype)
+    return _apply(_RMSNorm, x, weight, eps)
+
+
+def swiglu(gate, up):
+    """silu(gate) * up, [..., I] each, of one dtype. Differentiable in both."""
+    if gate.dtype != up.dtype or not _runs_fused(gate, up):
+        return nn.functional.silu(gate) * up
+    return _apply(_SwiGLU, gate, up)
+
+
+def swiglu_halves(gate_up):
+    """silu(gate) * up where gate_up is [..., 2 I], gate first; its gradient is one tensor, too."""
+    if not _runs_fused(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+    return _apply(_SwiGLUHalves, gate_up)
+
+
+def rotary(x, cos, sin):
+    """x * cos + rotate_half(x) * sin, in x's dtype; differentiable in x.
+
+    x [N, H, D] with cos and sin [N, D], or x [B, H, S, D] with cos and sin [B, S, D] or [1, S, D].
+    Arithmetic is in the wider dtype of x and cos: in the model's own, as the language model does
+    it, or in float32, as the vision tower does, by the dtype of cos and sin alone.
+    Views are welcome. The result lies in memory token by token, [N, H, D] or [B, S, H, D].
+    """
+    if not _runs_fused(x, cos, sin):
+        axis = -2 if x.ndim == 3 else 1
+        cos, sin = cos.unsqueeze(axis), sin.unsqueeze(axis)
+        wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+        return (wide * cos + rotate_half(wide) * sin).to(x.dtype)
+    return _apply(_Rotary, x, cos, sin)
+
+
+class VideoNSARMSNorm(Qwen2_5_VLRMSNorm):
+    """Qwen2.5-VL's RMSNorm in one pass."""
+
+    def forward(self, hidden_states):
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class VideoNSAMLP(Qwen2MLP):
+    """Qwen2.5-VL's MLP with its activation in one pass."""
+
+    def forward(self, x):
+        if self.config.hidden_act != "silu":
+            return super().forward(x)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def _runs_fused(*tensors):
+    """Whether the kernels take these tensors."""
+    return (
+        triton is not None
+        and all(x.is_cuda and x.dtype in FUSED_DTYPES for x in tensors)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _apply(function, *arguments):
+    """Run an autograd function; without its bookkeeping where nothing wants a gradient."""
+    if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in arguments):
+        return function.apply(*arguments)
+    return function.run(*arguments)
+
+
+def _rows(x):
+    """x [..., D] as [N, D] whose features lie next to each other; copies only if they do not."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _warps(elements):
+    return max(1, min(16, elements // 512))
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def run(x, weight, eps, scale=None):
+        """scale float32 [N], if given, gets each row's 1 / sqrt(mean(x^2) + eps)."""
+        rows, weight = _rows(x), weight.contiguous()
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        y = torch.empty(rows.shape, dtype=dtype, device=x.device)
+        features = rows.shape[1]
+        block = triton.next_power_of_2(features)
+        if len(rows):
+            with torch.cuda.device_of(x):
+                _rms_norm_forward[(len(rows),)](
+                    rows,
+                    weight,
+                    y,
+                    scale,
+                    eps,
+                    rows.stride(0),
+                    features,
+                    BLOCK=block,
+                    num_warps=_warps(block),
+                )
+        return y.view(x.shape)
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
+        y = _RMSNorm.run(x, weight, eps, scale)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, scale = ctx.saved_tensors
+        rows, dy, contiguous = _rows(x), _rows(dy), weight.contiguous()
+        count, features = rows.shape
+        dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+        programs, partial = count, None
+        if ctx.needs_input_grad[1]:
+            programs = min(count, WEIGHT_GRADIENT_PROGRAMS)
+            partial = torch.empty(programs, features, dtype=torch.float32, device=x.device)
+        block = triton.next_power_of_2(features)
+        if count:
+            with torch.cuda.device_of(x):
+                _rms_norm_backward[(programs,)](
+                    rows,
+                    contiguous,
+                    scale,
+                    dy,
+                    dx,
+                    partial,
+                    rows.stride(0),
+                    dy.stride(0),
+                    count,
+                    -(-count // programs),
+                    features,
+                    BLOCK=block,
+                    num_warps=_warps(block),
+                )
+        dweight = None if partial is None else partial.sum(0).to(weight.dtype)
+        return dx.view(x.shape), dweight, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def run(gate, up):
+        shape = gate.shape
+        gate, up = _rows(gate), _rows(up)
+        y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        _launch_swiglu(_swiglu_forward, gate, up, y)
+        return y.view(shape)
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return _SwiGLU.run(gate, up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        dgate, dup = (torch.empty_like(dy, memory_format=torch.contiguous_format) for _ in "gu")
+        tensors = (_rows(x) for x in (gate, up, dy, dgate, dup))
+        _launch_swiglu(_swiglu_backward, *tensors)
+        return dgate, dup
+
+
+class _SwiGLUHalves(torch.autograd.Function):
+    @staticmethod
+    def run(gate_up):
+        return _SwiGLU.run(*gate_up.chunk(2, dim=-1))
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        return _SwiGLUHalves.run(gate_up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (gate_up,) = ctx.saved_tensors
+        gradient = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+        halves = _rows(gate_up).chunk(2, dim=1)
+        _launch_swiglu(_swiglu_backward, *halves, _rows(dy), *_rows(gradient).chunk(2, dim=1))
+        return gradient
+
+
+def _launch_swiglu(kernel, gate, *tensors):
+    """Launch over rows and blocks of columns of tensors [N, I]."""
+    count, columns = gate.shape
+    block = min(SWIGLU_COLUMNS, triton.next_power_of_2(columns))
+    blocks = triton.cdiv(columns, block)
+    strides = [x.stride(0) for x in (gate, *tensors)]
+    if count:
+        with torch.cuda.device_of(gate):
+            kernel[(count * blocks,)](
+                gate, *tensors, *strides, columns, blocks, BLOCK=block, num_warps=_warps(block)
+            )
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def run(x, cos, sin, backward=False):
+        tokens = x.transpose(0, 1)[None] if x.ndim == 3 else x  # [B, H, S, D]
+        tokens = tokens if tokens.stride(3) == 1 else tokens.contiguous()
+        batch, heads, length, features = tokens.shape
+        cos, sin = (y.expand(batch, length, features).contiguous() for y in (cos, sin))
+        y = torch.empty(batch, length, heads, features, dtype=x.dtype, device=x.device)
+        wide = torch.promote_types(x.dtype, cos.dtype)
+        if y.numel():
+            with torch.cuda.device_of(x):
+                _rotary_rows[(batch * length,)](
+                    tokens,
+                    cos,
+                    sin,
+                    y,
+                    *tokens.stride()[:3],
+                    length,
+                    heads,
+                    features // 2,
+                    ROUND=wide != torch.float32,
+                    BACKWARD=backward,
+                    HEADS=triton.next_power_of_2(heads),
+                    BLOCK=triton.next_power_of_2(features // 2),
+                )
+        return y[0] if x.ndim == 3 else y.transpose(1, 2)
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _Rotary.run(x, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return _Rotary.run(dy, *ctx.saved_tensors, backward=True), None, None
+
+
+if triton is not None:
+
+    @triton.jit
+    def _rms_norm_forward(x, weight, y, scale, eps, stride, features, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < features
+        values = tl.load(x + row * stride + column, inside, 0.0)
+        wide = values.to(tl.float32)
+        inverse = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, 0) / features + eps)
+        normed = (wide * inverse).to(values.dtype).to(tl.float32)
+        weights = tl.load(weight + column, inside, 0.0).to(tl.float32)
+        tl.store(y + row * features + column, (normed * weights).to(y.dtype.element_ty), inside)
+        if scale is not None:
+            tl.store(scale + row, inverse)
+
+    @triton.jit
+    def _rms_norm_backward(
+        x,
+        weight,
+        scale,
+        dy,
+        dx,
+        partial,
+        stride,
+        dy_stride,
+        rows,
+        rows_per_program,
+        features,
+        BLOCK: tl.constexpr,
+    ):
+        """Rows program, program + programs, ...; partial [programs, D] gets their part of dweight.
+
+        With n = x * scale: dx = scale * (weight * dy - n * mean(weight * dy * n)).
+        """
+        program = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < features
+        weights = tl.load(weight + column, inside, 0.0).to(tl.float32)
+        gradient = tl.zeros([BLOCK], tl.float32)
+        for step in range(rows_per_program):
+            row = program + step * tl.num_programs(0).to(tl.int64)
+            present = inside & (row < rows)
+            values = tl.load(x + row * stride + column, present, 0.0)
+            inverse = tl.load(scale + row, row < rows, 0.0)
+            upper = tl.load(dy + row * dy_stride + column, present, 0.0).to(tl.float32)
+            normed = values.to(tl.float32) * inverse
+            scaled = upper * weights
+            mean = tl.sum(scaled * normed, 0) / features
+            lower = inverse * (scaled - normed * mean)
+            tl.store(dx + row * features + column, lower.to(dx.dtype.element_ty), present)
+            gradient += upper * normed.to(values.dtype).to(tl.float32)
+        if partial is not None:
+            tl.store(partial + program * features + column, gradient, inside)
+
+    @triton.jit
+    def _locate(columns, blocks, BLOCK: tl.constexpr):
+        """This program's row, its columns, and which of them there are."""
+        program = tl.program_id(0).to(tl.int64)
+        column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+        return program // blocks, column, column < columns
+
+    @triton.jit
+    def _swiglu_forward(
+        gate, up, y, gate_stride, up_stride, y_stride, columns, blocks, BLOCK: tl.constexpr
+    ):
+        row, column, inside = _locate(columns, blocks, BLOCK)
+        values = tl.load(gate + row * gate_stride + column, inside, 0.0)
+        wide = values.to(tl.float32)
+        active = (wide / (1.0 + tl.exp(-wide))).to(values.dtype).to(tl.float32)
+        other = tl.load(up + row * up_stride + column, inside, 0.0).to(tl.float32)
+        tl.store(y + row * y_stride + column, (active * other).to(y.dtype.element_ty), inside)
+
+    @triton.jit
+    def _swiglu_backward(
+        gate,
+        up,
+        dy,
+        dgate,
+        dup,
+        gate_stride,
+        up_stride,
+        dy_stride,
+        dgate_stride,
+        dup_stride,
+        columns,
+        blocks,
+        BLOCK: tl.constexpr,
+    ):
+        row, column, inside = _locate(columns, blocks, BLOCK)
+        values = tl.load(gate + row * gate_stride + column, inside, 0.0)
+        wide = values.to(tl.float32)
+        other = tl.load(up + row * up_stride + column, inside, 0.0).to(tl.float32)
+        upper = tl.load(dy + row * dy_stride + column, inside, 0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp(-wide))
+        active = (wide * sigmoid).to(values.dtype).to(tl.float32)
+        slope = sigmoid * (1.0 + wide * (1.0 - sigmoid))
+        left = (upper * other * slope).to(dgate.dtype.element_ty)
+        tl.store(dgate + row * dgate_stride + column, left, inside)
+        tl.store(dup + row * dup_stride + column, (upper * active).to(dup.dtype.element_ty), inside)
+
+    @triton.jit
+    def _product(a, b, dtype: tl.constexpr, ROUND: tl.constexpr):
+        """a * b, rounded to `dtype` where the stock expression rounds it."""
+        product = a * b
+        if ROUND:
+            product = product.to(dtype).to(tl.float32)
+        return product
+
+    @triton.jit
+    def _rotary_rows(
+        x,
+        cos,
+        sin,
+        y,
+        batch_stride,
+        head_stride,
+        token_stride,
+        length,
+        heads,
+        half,
+        ROUND: tl.constexpr,
+        BACKWARD: tl.constexpr,
+        HEADS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """One token, all heads: y1 = x1 cos1 - x2 sin1, y2 = x2 cos2 + x1 sin2.
+
+        Backward, x is dy: dx1 = dy1 cos1 + dy2 sin2, dx2 = dy2 cos2 - dy1 sin1.
+        """
+        token = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < half
+        angle = token * half * 2 + column
+        cos_1 = tl.load(cos + angle, inside, 0.0).to(tl.float32)[None, :]
+        cos_2 = tl.load(cos + angle + half, inside, 0.0).to(tl.float32)[None, :]
+        sin_1 = tl.load(sin + angle, inside, 0.0).to(tl.float32)[None, :]
+        sin_2 = tl.load(sin + angle + half, inside, 0.0).to(tl.float32)[None, :]
+        head = tl.arange(0, HEADS).to(tl.int64)[:, None]
+        start = (token // length) * batch_stride + (token % length) * token_stride
+        source = x + start + head * head_stride + column[None, :]
+        present = (head < heads) & inside[None, :]
+        first = tl.load(source, present, 0.0)
+        dtype = first.dtype
+        x_1 = first.to(tl.float32)
+        x_2 = tl.load(source + half, present, 0.0).to(tl.float32)
+        if BACKWARD:
+            sin_1, sin_2 = -sin_2, -sin_1
+        y_1 = _product(x_1, cos_1, dtype, ROUND) - _product(x_2, sin_1, dtype, ROUND)
+        y_2 = _product(x_2, cos_2, dtype, ROUND) + _product(x_1, sin_2, dtype, ROUND)
+        target = y + (token * heads + head) * half * 2 + column[None, :]
+        tl.store(target, y_1.to(dtype), present)
+        tl.store(target + half, y_2.to(dtype), present)

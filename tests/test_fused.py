@@ -1,0 +1,266 @@
+"""The fused functions against the stock expressions: at most twice their error, gradients too."""
+
+import copy
+
+import pytest
+import torch
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
+
+from videonsa import fused_videonsa as fused
+
+from numerics import assert_as_accurate
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Runs the kernels wherever Triton does, interpreted on the CPU too."""
+    monkeypatch.setattr(
+        fused, "_runs_fused", lambda *tensors: all(x.dtype != torch.float64 for x in tensors)
+    )
+
+
+def numbers(*shape, seed=0, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
+
+
+def stock_rms_norm(x, weight, eps):
+    norm = stock.Qwen2_5_VLRMSNorm(len(weight), eps)
+    del norm.weight
+    norm.weight = weight
+    if x.dtype == torch.float64:  # the module itself would round to float32
+        return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return norm(x)
+
+
+def stock_swiglu(gate, up):
+    return torch.nn.functional.silu(gate) * up
+
+
+def stock_halves(gate_up):
+    return stock_swiglu(*gate_up.chunk(2, dim=-1))
+
+
+def stock_rotary(x, cos, sin):
+    axis = 1 if x.ndim == 4 else -2
+    if cos.dtype == torch.float32 and x.dtype != torch.float64:  # as the vision tower does it
+        wide = stock.apply_rotary_pos_emb(x.float(), x.float(), cos, sin, unsqueeze_dim=axis)[0]
+        return wide.to(x.dtype)
+    return stock.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=axis)[0]
+
+
+def check(function, expression, inputs, dtype, constants=()):
+    """`function` is as accurate as the stock `expression`, both against float64."""
+
+    def run(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        fixed = [
+            x.to(torch.float64 if dtype == torch.float64 else x.dtype)
+            if isinstance(x, torch.Tensor)
+            else x
+            for x in constants
+        ]
+        output = function(*leaves, *fixed)
+        upper = numbers(*output.shape, seed=9, device=output.device).to(dtype)
+        return [output.detach(), *torch.autograd.grad(output, leaves, upper)]
+
+    inputs = [x.to(dtype).double() for x in inputs]
+    results = zip(
+        run(function, dtype), run(expression, dtype), run(expression, torch.float64), strict=True
+    )
+    for index, (actual, eager, exact) in enumerate(results):
+        assert actual.dtype == eager.dtype and actual.shape == eager.shape
+        assert_as_accurate(f"tensor {index}", actual, eager, exact)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(3, 5, 48), (1, 64)], ids=str)
+def test_rms_norm(shape, dtype):
+    check(
+        lambda x, weight: fused.rms_norm(x, weight, 1e-6),
+        lambda x, weight: stock_rms_norm(x, weight, 1e-6),
+        [numbers(*shape) * 3, numbers(shape[-1], seed=1)],
+        dtype,
+    )
+
+
+def test_no_rows():
+    x = torch.zeros(0, 16, requires_grad=True)
+    table = torch.zeros(0, 8)
+    for y in (
+        fused.rms_norm(x, torch.ones(16), 1e-6),
+        fused.swiglu_halves(x),
+        fused.rotary(x.view(0, 2, 8), table, table),
+    ):
+        assert not len(y) and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+def test_rms_norm_of_more_rows_than_programs(monkeypatch):
+    monkeypatch.setattr(fused, "WEIGHT_GRADIENT_PROGRAMS", 4)
+    check(
+        lambda x, weight: fused.rms_norm(x, weight, 1e-6),
+        lambda x, weight: stock_rms_norm(x, weight, 1e-6),
+        [numbers(11, 24), numbers(24, seed=1)],
+        torch.float32,
+    )
+
+
+def test_rms_norm_with_a_wider_weight_gives_what_stock_gives():
+    x, weight = numbers(4, 16).half(), numbers(16, seed=1).float()
+    actual, expected = fused.rms_norm(x, weight, 1e-6), stock_rms_norm(x, weight, 1e-6)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected)
+
+
+def test_rms_norm_of_a_view_and_a_frozen_weight():
+    x = numbers(6, 40).float()[:, 4:28].requires_grad_()
+    weight = numbers(24, seed=1).float()
+    (actual,) = torch.autograd.grad(fused.rms_norm(x, weight, 1e-6).pow(2).sum(), x)
+    (expected,) = torch.autograd.grad(stock_rms_norm(x, weight, 1e-6).pow(2).sum(), x)
+    torch.testing.assert_close(actual, expected)
+
+
+@DTYPES
+def test_swiglu(dtype, monkeypatch):
+    monkeypatch.setattr(fused, "SWIGLU_COLUMNS", 16)  # several programs a row
+    inputs = [numbers(2, 3, 40) * 3, numbers(2, 3, 40, seed=1)]
+    check(fused.swiglu, stock_swiglu, inputs, dtype)
+
+
+@DTYPES
+def test_swiglu_of_the_halves_of_one_matrix(dtype):
+    check(fused.swiglu_halves, stock_halves, [numbers(5, 44) * 3], dtype)
+    gate_up = numbers(5, 44).to(dtype)
+    views = fused.swiglu(gate_up[:, :22], gate_up[:, 22:])
+    torch.testing.assert_close(views, fused.swiglu_halves(gate_up), rtol=0, atol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("wide", [False, True], ids=["model-dtype", "float32"])
+@pytest.mark.parametrize("layout", ["tokens", "batch"])
+def test_rotary(layout, wide, dtype):
+    table = torch.float32 if wide else dtype
+    if layout == "tokens":
+        inputs, angles = numbers(7, 3, 20), numbers(7, 20, seed=1)
+    else:
+        inputs, angles = numbers(2, 5, 3, 20), numbers(2, 5, 20, seed=1)
+    # Halves that differ: a backward pass that takes the wrong one must fail.
+    cos, sin = angles.cos().to(table), angles.sin().to(table)
+
+    def of(function):
+        return lambda x, cos, sin: function(
+            x if layout == "tokens" else x.transpose(1, 2), cos, sin
+        )
+
+    check(of(fused.rotary), of(stock_rotary), [inputs], dtype, constants=[cos, sin])
+
+
+def test_rotary_of_a_part_of_a_fused_projection_and_one_table_for_a_batch():
+    qkv = numbers(6, 3, 2, 16).float()
+    angles = numbers(6, 16, seed=1).float()
+    expected = stock_rotary(qkv[:, 1].contiguous(), angles.cos(), angles.sin())
+    torch.testing.assert_close(fused.rotary(qkv[:, 1], angles.cos(), angles.sin()), expected)
+    x = numbers(2, 4, 6, 16).float()
+    cos, sin = angles.cos()[None], angles.sin()[None]
+    actual = fused.rotary(x, cos, sin)
+    torch.testing.assert_close(actual, stock_rotary(x, cos, sin))
+    assert actual.transpose(1, 2).is_contiguous()
+
+
+def test_plain_expressions_are_the_stock_ones(monkeypatch):
+    monkeypatch.setattr(fused, "_runs_fused", lambda *tensors: False)
+    x, weight = numbers(3, 16).bfloat16(), numbers(16, seed=1).bfloat16()
+    assert torch.equal(fused.rms_norm(x, weight, 1e-6), stock_rms_norm(x, weight, 1e-6))
+    assert torch.equal(fused.swiglu_halves(x), stock_halves(x))
+    heads = x.view(3, 2, 8)
+    for dtype in (torch.bfloat16, torch.float32):
+        cos, sin = (weight[:8].expand(3, 8).to(dtype) * k for k in (1, 2))
+        assert torch.equal(fused.rotary(heads, cos, sin), stock_rotary(heads, cos, sin))
+
+
+def test_modules_keep_the_stock_parameters_and_results():
+    config = stock.Qwen2_5_VLConfig().text_config
+    config.hidden_size, config.intermediate_size = 16, 24
+    for theirs, ours in (
+        (stock.Qwen2MLP(config), fused.VideoNSAMLP(config)),
+        (stock.Qwen2_5_VLRMSNorm(16), fused.VideoNSARMSNorm(16)),
+    ):
+        ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        x = numbers(2, 3, 16).float()
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_mlp_under_an_adapter():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = stock.Qwen2_5_VLConfig().text_config
+    config.hidden_size, config.intermediate_size = 16, 24
+    mlp = fused.VideoNSAMLP(config)
+    x = numbers(3, 16).float()
+    before = mlp(x)
+    names = ["gate_proj", "up_proj", "down_proj"]
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=names, init_lora_weights=False), mlp)
+    after = mlp(x)
+    assert not torch.allclose(before, after)
+    after.sum().backward()
+    assert all(p.grad is not None for name, p in mlp.named_parameters() if "lora" in name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, features", [(4097, 1280), (4097, 3584), (1, 3584)])
+def test_rms_norm_at_real_sizes(rows, features):
+    check(
+        lambda x, weight: fused.rms_norm(x, weight, 1e-6),
+        lambda x, weight: stock_rms_norm(x, weight, 1e-6),
+        [numbers(rows, features, device="cuda"), numbers(features, seed=1, device="cuda")],
+        torch.bfloat16,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [3420, 3456, 18944])
+def test_swiglu_at_real_sizes(columns):
+    gate_up = numbers(2051, 2 * columns, device="cuda")
+    check(fused.swiglu, stock_swiglu, list(gate_up.chunk(2, dim=1)), torch.bfloat16)
+    check(fused.swiglu_halves, stock_halves, [gate_up], torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads, features, table", [(16, 80, torch.float32)])
+def test_vision_rotary_at_real_sizes(heads, features, table):
+    angles = numbers(4099, features, seed=1, device="cuda") * 30
+    check(
+        fused.rotary,
+        stock_rotary,
+        [numbers(4099, heads, features, device="cuda")],
+        torch.bfloat16,
+        constants=[angles.cos().to(table), angles.sin().to(table)],
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [28, 4])
+def test_text_rotary_at_real_sizes(heads):
+    angles = numbers(1, 4099, 128, seed=1, device="cuda") * 30
+    check(
+        fused.rotary,
+        stock_rotary,
+        [numbers(1, heads, 4099, 128, device="cuda")],
+        torch.bfloat16,
+        constants=[angles.cos().bfloat16(), angles.sin().bfloat16()],
+    )
+
+
+@pytest.mark.gpu
+def test_swiglu_past_2_to_the_31_elements():
+    rows = 2**31 // 4096 + 3
+    gate = torch.zeros(rows, 4096, dtype=torch.float16, device="cuda")
+    up = torch.ones(1, 4096, dtype=torch.float16, device="cuda").expand(rows, 4096)
+    gate[-1] = 1
+    y = fused.swiglu(gate, up)
+    assert not y[:-1].any() and torch.allclose(
+        y[-1].float(), torch.tensor(0.731, device="cuda"), atol=1e-3
+    )
