@@ -5,9 +5,9 @@
     python ask.py clip.mp4 --interactive
 
 Prints what is taken of each video, how many tokens that is and what memory it will need before the
-model runs, then streams the answer. With --interactive, further questions are read line by line and
-answered on the same cache; a line "/video PATH" or "/image PATH" adds a file to the question that
-follows, Ctrl-C drops a question.
+model runs, then streams the answer. Videos are decoded while the model reads them. With
+--interactive, further questions are read line by line and answered on the same cache; a line
+"/video PATH" or "/image PATH" adds a file to the question that follows, Ctrl-C drops a question.
 """
 
 import argparse
@@ -130,7 +130,7 @@ class Conversation:
             images=images or None,
             videos=[part["video"] for part in content if part["type"] == "video"] or None,
             return_tensors="pt",
-            videos_kwargs={"progress": True, **self.limits},
+            videos_kwargs={"stream": True, "progress": True, **self.limits},
         )
         # Those of the new turn only; the model makes its own.
         record["vision_tokens"] = vision = int((inputs.pop("mm_token_type_ids") > 0).sum())

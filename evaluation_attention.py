@@ -16,7 +16,7 @@ def make_dense(language_model):
     """Turn VideoNSA's language model into Qwen2.5-VL's in place; the gates are left out."""
 
     class Dense(type(language_model)):
-        def forward(self, *args, nsa_vision=None, nsa_chunk_size=None, **kwargs):
+        def forward(self, *args, nsa_vision=None, **kwargs):
             return Qwen2_5_VLTextModel.forward(self, *args, **kwargs)
 
     language_model.__class__ = Dense

@@ -27,11 +27,11 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLModel,
     Qwen2_5_VLPreTrainedModel,
     Qwen2_5_VLTextModel,
-    apply_rotary_pos_emb,
 )
 from transformers.utils import logging
 
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
+from .fused_videonsa import VideoNSAMLP, VideoNSARMSNorm, rotary
 
 try:
     from transformers.conversion_mapping import (
@@ -45,23 +45,28 @@ logger = logging.get_logger(__name__)
 
 MEDIA = {"image": "pixel_values", "video": "pixel_values_videos"}
 
+# Tokens of a longer prompt with media that `generate` reads at a time.
+PREFILL_CHUNK_SIZE = 16384
+
 
 class NSAPlan(NamedTuple):
     """Which rows of a batch [B, S] are which, for every layer of one forward pass.
 
-    A row is a pair of indices, (batch, position in the cache); queries count from the first new
-    token. The cumulative lengths are int32 [samples + 1].
+    Rows are an index of [B, S, ...] that gives [rows, ...]: a pair of tensors, (batch, position in
+    the cache), or where they follow each other in one batch row its number and a slice, which
+    copies nothing. Queries count from the first new token. The cumulative lengths are int32
+    [samples + 1].
     """
 
     num_queries: int  # S, new tokens per batch row
     num_keys: int  # cached and new tokens per batch row
-    vision_queries: tuple[torch.Tensor, torch.Tensor]
-    vision_keys: tuple[torch.Tensor, torch.Tensor]
+    vision_queries: tuple
+    vision_keys: tuple
     cu_vision_queries: torch.Tensor
     cu_vision_keys: torch.Tensor
-    text_queries: tuple[torch.Tensor, torch.Tensor]
+    text_queries: tuple
     text_positions: torch.Tensor  # of each text query among its sample's keys
-    all_keys: tuple[torch.Tensor, torch.Tensor]
+    all_keys: tuple
     cu_text_queries: torch.Tensor
     cu_all_keys: torch.Tensor
 
@@ -86,8 +91,11 @@ def make_plan(vision, num_queries, valid=None, sample=None):
         counts = torch.bincount(sample[found], minlength=num_samples)
         return found, nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
-    def queries(keys):
-        return keys[0], keys[1] - (num_keys - num_queries)
+    def rows_of(found, first=0):
+        batch, position = found[0], found[1] - first
+        if rows == 1 and len(position) and position[-1] - position[0] + 1 == len(position):
+            return 0, slice(int(position[0]), int(position[-1]) + 1)
+        return batch, position
 
     vision_keys, cu_vision_keys = find(vision & valid)
     vision_queries, cu_vision_queries = find(vision & valid & new)
@@ -97,13 +105,13 @@ def make_plan(vision, num_queries, valid=None, sample=None):
     return NSAPlan(
         num_queries=num_queries,
         num_keys=num_keys,
-        vision_queries=queries(vision_queries),
-        vision_keys=vision_keys,
+        vision_queries=rows_of(vision_queries, first=num_keys - num_queries),
+        vision_keys=rows_of(vision_keys),
         cu_vision_queries=cu_vision_queries,
         cu_vision_keys=cu_vision_keys,
-        text_queries=queries(text_queries),
+        text_queries=rows_of(text_queries, first=num_keys - num_queries),
         text_positions=rank[text_queries] - cu_all_keys[sample[text_queries]],
-        all_keys=all_keys,
+        all_keys=rows_of(all_keys),
         cu_text_queries=cu_text_queries,
         cu_all_keys=cu_all_keys,
     )
@@ -175,7 +183,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = (rotary(x, *position_embeddings) for x in (query, key))
         if (cache := _cache(kwargs)) is not None:
             key, value = cache.update(key, value, self.layer_idx)
         if query.shape[2] != nsa_plan.num_queries or key.shape[2] < nsa_plan.num_keys:
@@ -238,8 +246,14 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
     def __init__(self, config: VideoNSATextConfig):
         super().__init__(config)
         _refuse_foreign_attention(config)
+        self.norm = VideoNSARMSNorm(config.hidden_size, config.rms_norm_eps)
         for index, layer in enumerate(self.layers):
             layer.self_attn = VideoNSAAttention(config, index)
+            layer.mlp = VideoNSAMLP(config)
+            layer.input_layernorm = VideoNSARMSNorm(config.hidden_size, config.rms_norm_eps)
+            layer.post_attention_layernorm = VideoNSARMSNorm(
+                config.hidden_size, config.rms_norm_eps
+            )
         self.post_init()
 
     def forward(
@@ -249,23 +263,13 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         nsa_vision: torch.Tensor | None = None,
-        nsa_chunk_size: int | None = None,
         **kwargs,
     ):
-        """Stock, but for two arguments.
-
-        nsa_vision bool [B, L]: the vision tokens among the cached and the new tokens.
-        nsa_chunk_size: pass the new tokens through the layers in chunks of this many. Needs a
-            cache; the result is that of one pass.
-        """
+        """Stock, but for nsa_vision bool [B, L], the vision among the cached and the new tokens."""
         if inputs_embeds is None:  # as in stock, vision tokens come as embeddings
             return super().forward(input_ids, attention_mask, position_ids, **kwargs)
         call = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, **kwargs}
         new = inputs_embeds.shape[1]
-        if nsa_chunk_size is not None and new > nsa_chunk_size:
-            return self._forward_in_chunks(
-                nsa_chunk_size, attention_mask=attention_mask, nsa_vision=nsa_vision, **call
-            )
         if nsa_vision is None or not nsa_vision[:, -new:].any():
             return super().forward(attention_mask=attention_mask, **call)
 
@@ -280,29 +284,45 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         # The plan stands for the mask, and a mask over all pairs of tokens would be enormous.
         return super().forward(attention_mask={"full_attention": None}, nsa_plan=plan, **call)
 
-    def _forward_in_chunks(
-        self, size, inputs_embeds, attention_mask, position_ids, nsa_vision, **kwargs
-    ):
-        cache = _cache(kwargs)
-        if cache is None:
-            raise ValueError(
-                "the prompt cannot be read in chunks without a cache: leave use_cache on, or unset "
-                "prefill_chunk_size."
-            )
-        past, new = int(cache.get_seq_length()), inputs_embeds.shape[1]
-        hidden_states = []
-        for start in range(0, new, size):
-            end = min(start + size, new)
-            output = self.forward(
-                inputs_embeds=inputs_embeds[:, start:end],
-                attention_mask=_mask_of_chunk(attention_mask, start, end, past),
-                position_ids=None if position_ids is None else position_ids[..., start:end],
-                nsa_vision=None if nsa_vision is None else nsa_vision[:, : past + end],
-                **kwargs,
-            )
-            hidden_states.append(output.last_hidden_state)
-        output.last_hidden_state = torch.cat(hidden_states, dim=1)
-        return output
+
+class MediaFeatures:
+    """Features of images or videos, [tokens, hidden], encoded when a slice of them is read.
+
+    encode: `get_image_features` or `get_video_features` of the model.
+    pixels: the rows that it takes, a tensor or a `PixelStream`; they may lie on another device.
+    grid: int64 [media, 3], patches over time, height and width.
+    patches: of a token.
+    device: where to encode.
+    """
+
+    def __init__(self, encode, pixels, grid, patches, device):
+        self.encode, self.pixels, self.grid = encode, pixels, grid.tolist()
+        self.patches, self.device = patches, device
+
+    def __len__(self):
+        return sum(time * height * width for time, height, width in self.grid) // self.patches
+
+    def __getitem__(self, tokens):
+        """Encodes the temporal steps that hold these tokens; frames do not see each other."""
+        first, last, _ = tokens.indices(len(self))
+        grid, rows, before, done = [], [], 0, 0  # done: tokens of earlier media
+        for time, height, width in self.grid:
+            step = height * width // self.patches
+            start = max((first - done) // step, 0)
+            end = min(-((done - last) // step), time)
+            if start < end:
+                if not rows:
+                    rows, before = (
+                        [done * self.patches + start * height * width],
+                        done + start * step,
+                    )
+                grid.append([end - start, height, width])
+            done += time * step
+        rows.append(rows[0] + sum(time * height * width for time, height, width in grid))
+        pixels = self.pixels[rows[0] : rows[1]].to(self.device)
+        grid = torch.tensor(grid, device=pixels.device)
+        features = torch.cat(self.encode(pixels, grid, return_dict=True).pooler_output)
+        return features[first - before : last - before]
 
 
 class VideoNSAModel(Qwen2_5_VLModel):
@@ -331,9 +351,16 @@ class VideoNSAModel(Qwen2_5_VLModel):
         image_grid_thw: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
         second_per_grid_ts: torch.Tensor | None = None,
+        nsa_chunk_size: int | None = None,
         **kwargs,
     ):
-        """Stock; the arguments that are not listed are passed on as they are."""
+        """Stock, but for two arguments; those that are not listed are passed on as they are.
+
+        pixel_values_videos: a tensor, or a `PixelStream` of the processor.
+        nsa_chunk_size: encode the media and pass the new tokens through the layers in chunks of
+            this many tokens, onto the cache, so that memory does not grow with the prompt. The
+            result is that of one pass; the hidden states returned are the last chunk's.
+        """
         cache = _cache(kwargs)
         length = 0 if cache is None else cache.get_seq_length()
         state = getattr(cache, "nsa_state", None)
@@ -362,20 +389,99 @@ class VideoNSAModel(Qwen2_5_VLModel):
             state = state.followed_by(vision, reach.expand(len(vision), -1))
             kwargs["nsa_vision"] = state.vision
 
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            mm_token_type_ids=mm_token_type_ids,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            second_per_grid_ts=second_per_grid_ts,
+        call = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "image_grid_thw": image_grid_thw,
+            "video_grid_thw": video_grid_thw,
             **kwargs,
-        )
+        }
+        if nsa_chunk_size is not None and tokens.shape[1] > nsa_chunk_size:
+            outputs = self._forward_in_chunks(nsa_chunk_size, length, **call)
+        else:
+            for pixels in MEDIA.values():
+                if call.get(pixels) is not None and not torch.is_tensor(call[pixels]):
+                    call[pixels] = call[pixels][:].to(tokens.device)
+            outputs = super().forward(
+                mm_token_type_ids=mm_token_type_ids, second_per_grid_ts=second_per_grid_ts, **call
+            )
         if vision is not None and (cache := _cache(outputs)) is not None:
             cache.nsa_state = state
         return outputs
+
+    def _forward_in_chunks(
+        self,
+        size,
+        past,
+        input_ids=None,
+        inputs_embeds=None,
+        attention_mask=None,
+        position_ids=None,
+        nsa_vision=None,
+        **kwargs,
+    ):
+        if _cache(kwargs) is None:
+            raise ValueError(
+                "the prompt cannot be read in chunks without a cache: leave use_cache on, or unset "
+                "prefill_chunk_size."
+            )
+        tokens = inputs_embeds if input_ids is None else input_ids
+        media = self._media_features(input_ids, inputs_embeds, tokens.device, kwargs)
+        for start in range(0, tokens.shape[1], size):
+            end = min(start + size, tokens.shape[1])
+            if inputs_embeds is None:
+                embeds = self.get_input_embeddings()(input_ids[:, start:end])
+            else:
+                embeds = inputs_embeds[:, start:end]
+            for placeholders, features in media:
+                here = placeholders[:, start:end]
+                if here.any():
+                    embeds = embeds.masked_scatter(
+                        here[..., None],
+                        _rows_of_features(placeholders, features, start, end, embeds),
+                    )
+            outputs = super().forward(
+                inputs_embeds=embeds,
+                attention_mask=_mask_of_chunk(attention_mask, start, end, past),
+                position_ids=None if position_ids is None else position_ids[..., start:end],
+                nsa_vision=None if nsa_vision is None else nsa_vision[:, : past + end],
+                **kwargs,
+            )
+        return outputs
+
+    def _media_features(self, input_ids, inputs_embeds, device, kwargs):
+        """Pairs of placeholders, bool [B, S], and their features, [tokens, hidden] by slices.
+
+        Takes what describes the media out of kwargs.
+        """
+        given = kwargs.pop("mm_encoder_outputs", None) or {}
+        encode = {"image": self.get_image_features, "video": self.get_video_features}
+        media = []
+        for modality, pixels in MEDIA.items():
+            pixels, grid = kwargs.pop(pixels, None), kwargs.pop(f"{modality}_grid_thw", None)
+            if given.get(modality) is not None:
+                features = torch.cat(given[modality].pooler_output)
+            elif pixels is not None:
+                merged = self.visual.spatial_merge_size**2
+                features = MediaFeatures(encode[modality], pixels, grid, merged, device)
+            else:
+                continue
+            if input_ids is None:
+                masks = self.get_placeholder_mask(None, inputs_embeds=inputs_embeds)
+                placeholders = masks[list(MEDIA).index(modality)].squeeze(-1)
+            else:
+                placeholders = input_ids == getattr(self.config, f"{modality}_token_id")
+            if placeholders.sum() != len(features):
+                raise ValueError(
+                    f"{modality.capitalize()} features and {modality} tokens do not match, tokens: "
+                    f"{int(placeholders.sum())}, features: {len(features)}"
+                )
+            if len(placeholders) > 1 and isinstance(features, MediaFeatures):
+                features.pixels = features.pixels[:]  # batch rows take turns, a stream does not
+            media.append((placeholders, features))
+        return media
 
     def _vision_tokens(self, input_ids, inputs_embeds, mm_token_type_ids, kwargs):
         """bool [B, S]: the placeholders of the modalities in nsa_modalities; None without any.
@@ -576,13 +682,30 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         vision = nn.functional.pad(vision, (length, 0))
         return torch.cat([text.expand(vision.shape[1], -1)[None], vision])
 
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
+        # The library would encode all media before the prompt is read. Several sequences of one
+        # prompt share what was encoded; one sequence has its media encoded as it is read.
+        if (generation_config.num_beams or 1) * (generation_config.num_return_sequences or 1) == 1:
+            return model_kwargs
+        return super()._maybe_prepare_encoder_kwargs_for_generation(
+            inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
+
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        # The library would cut the prompt before its media are encoded; the text model cuts it
-        # after, where every version of the library gets it right.
+        # The library would cut the prompt before its media are encoded; the model encodes and
+        # reads chunk by chunk, in every version of the library.
         size = generation_config.prefill_chunk_size
         if size is not None:
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
+        elif _cache(model_kwargs) is not None and not (
+            generation_config.output_hidden_states or generation_config.output_attentions
+        ):
+            if any(model_kwargs.get(pixels) is not None for pixels in MEDIA.values()):
+                size = PREFILL_CHUNK_SIZE
+        if size is not None:
             model_kwargs = {**model_kwargs, "nsa_chunk_size": size}
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
@@ -590,6 +713,19 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         """Stock, with the keys of the state dict: other keys would not resume in the Trainer."""
         kwargs.setdefault("save_original_format", False)
         return super().save_pretrained(*args, **kwargs)
+
+
+def _rows_of_features(placeholders, features, start, end, like):
+    """The features of the placeholders from column start to end, row after row."""
+    counts = placeholders.sum(1)
+    firsts = counts.cumsum(0) - counts + placeholders[:, :start].sum(1)
+    lasts = firsts + placeholders[:, start:end].sum(1)
+    pieces = [
+        features[first:last].to(like.device, like.dtype)
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)
+        if last > first
+    ]
+    return torch.cat(pieces)
 
 
 def _cache(container):

@@ -1,6 +1,7 @@
 """Every way to generate gives what one whole prefill, or the row alone, gives."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -107,6 +108,29 @@ def test_caches_and_chunks_generate_the_same(model, prompts, rows, options, padd
     torch.testing.assert_close(logits, expected_logits, **CLOSE)
 
 
+def test_long_prompts_are_encoded_and_read_in_chunks_by_themselves(
+    model, prompts, rows, monkeypatch
+):
+    calls = []
+    hook = model.model.visual.register_forward_pre_hook(
+        lambda tower, args, kwargs: calls.append(len(args[0])), with_kwargs=True
+    )
+    try:
+        for batch in (prompts.batch(*rows), prompts.batch(rows[2])):
+            monkeypatch.undo()
+            expected_tokens, expected_logits = generate(model, batch)
+            whole = max(calls)
+            calls.clear()
+            monkeypatch.setattr(sys.modules[type(model).__module__], "PREFILL_CHUNK_SIZE", 6)
+            tokens, logits = generate(model, batch)
+            assert torch.equal(tokens, expected_tokens)
+            torch.testing.assert_close(logits, expected_logits, **CLOSE)
+            assert len(calls) > 2 and max(calls) < whole
+            calls.clear()
+    finally:
+        hook.remove()
+
+
 def test_prompt_lookup_generates_the_same(model, prompts):
     """Guesses from the prompt go through in one call, and wrong ones are cropped off the cache."""
     ids, media = prompts.row(("video", 3, 2, 2), 6)
@@ -119,7 +143,7 @@ def test_prompt_lookup_generates_the_same(model, prompts):
 
 @pytest.mark.gpu
 def test_an_offloaded_cache_generates_the_same(prompts, rows):
-    model = make_model().cuda()
+    model = make_model(head_dim=16, nsa_block_size=8).cuda()
     inputs = prompts.batch(*rows, device="cuda")
     expected, _ = generate(model, inputs)
     assert torch.equal(generate(model, inputs, cache_implementation="offloaded")[0], expected)

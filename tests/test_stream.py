@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_video_reading import ROOT, count_decoded
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 import clips
@@ -318,3 +318,18 @@ def test_progress_is_shown_when_asked_for(processor, folder, module, monkeypatch
     assert bars == []  # a bar that stands still would say that something is read
     stream[:]
     assert bars == [{"total": 10, "initial": 2, "desc": "Reading plain.mp4", "leave": False}]
+
+
+def test_the_model_reads_a_stream_as_it_reads_a_tensor(processor, folder):
+    model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True)
+    videos = [str(folder / "plain.mp4"), str(folder / "long.mp4")]
+    outputs = []
+    for stream in (False, True):
+        inputs = take(processor, *videos, stream=stream)
+        del inputs["video_metadata"]
+        call = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+        outputs.append(model.generate(**inputs.to(model.device), **call))
+    tensor, streamed = outputs
+    assert torch.equal(tensor["sequences"], streamed["sequences"])
+    for one, other in zip(tensor["logits"], streamed["logits"], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
