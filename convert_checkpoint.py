@@ -37,6 +37,7 @@ CODE_FILES = (
     "configuration_videonsa.py",
     "modeling_videonsa.py",
     "fused_videonsa.py",
+    "vision_videonsa.py",
     "nsa_reference.py",
     "nsa_kernels.py",
     "nsa_kernels_choice.py",

@@ -1,0 +1,302 @@
+"""Qwen2.5-VL's vision tower, the same to rounding, without a Python loop over its windows.
+
+- Windows of one length attend in one call. Rows are ordered by their window's length, so that the
+  windows of one length are a view; layers that attend to whole frames gather theirs.
+- Which row is where is worked out once a call (`Layout`) and serves all blocks.
+- Where nothing wants a gradient, frames go through the tower in chunks, which bounds memory.
+- On CUDA, norms, rotary embedding and activation take one pass each (fused_videonsa.py), and the
+  MLP's columns are padded with zeros to a multiple of 64, which aligned matrix kernels need.
+
+Parameters, their names and the block class are the stock tower's.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionPatchEmbed,
+    Qwen2_5_VisionTransformerPretrainedModel,
+    Qwen2_5_VLMLP,
+    Qwen2_5_VLVisionAttention,
+    eager_attention_forward,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
+
+from .fused_videonsa import VideoNSARMSNorm, rotary, swiglu_halves
+
+PATCHES_PER_CHUNK = 32768  # 8,192 tokens after merging
+SEQUENCES_PER_CALL = 32768  # CUDA's attention kernels take fewer than 65,536 sequences
+ALIGNED_COLUMNS = 64
+
+
+class Sequences(NamedTuple):
+    """The rows [N, ...] of one chunk as sequences that attend within themselves, by length."""
+
+    shapes: list[tuple[int, int]]  # how many sequences there are of which length, ascending
+    rows: torch.Tensor | None  # int64 [N]: the row of each patch of them; None: already so
+    restore: torch.Tensor | None  # int64 [N]: the inverse
+
+    def to(self, device):
+        if self.rows is None:
+            return self
+        return self._replace(rows=self.rows.to(device), restore=self.restore.to(device))
+
+
+class Layout(NamedTuple):
+    """Where the patches of a chunk of whole frames are. A merged row is `unit` rows, a token."""
+
+    order: torch.Tensor  # int64 [tokens]: the token, as the processor orders them, of each row
+    tokens: torch.Tensor  # int64 [tokens]: the inverse
+    windows: torch.Tensor  # int64 [tokens]: the row of each token in the stock window order
+    attention: dict[str, Sequences]  # "window" and "frame"
+
+    def to(self, device):
+        attention = {name: sequences.to(device) for name, sequences in self.attention.items()}
+        return Layout(*(x.to(device) for x in self[:3]), attention)
+
+
+def make_layout(window_index, window_lengths, frame_lengths, unit, by_length=True):
+    """Lay out whole frames; all tensors int64 on the CPU.
+
+    window_index [tokens]: the tokens in the stock window order.
+    window_lengths, frame_lengths: patches of each, in that order. unit: patches of a token.
+    by_length: rows by the length of their window; False keeps the stock window order.
+    """
+    rows = torch.arange(len(window_index))
+    if by_length:
+        rows = window_lengths.repeat_interleave(window_lengths // unit).argsort(stable=True)
+    windows = rows.argsort()
+    order = window_index[rows]
+    patches = (windows[:, None] * unit + torch.arange(unit)).flatten()
+    attention = {
+        "window": _sequences(window_lengths, patches),
+        "frame": _sequences(frame_lengths, patches),
+    }
+    return Layout(order, order.argsort(), windows, attention)
+
+
+def _sequences(lengths, patches):
+    """Sort the sequences of these lengths by length; patches int64 [N]: their rows, in order."""
+    values, counts = lengths.unique(return_counts=True)
+    shapes = list(zip(counts.tolist(), values.tolist(), strict=True))
+    rows = patches[lengths.repeat_interleave(lengths).argsort(stable=True)]
+    if torch.equal(rows, torch.arange(len(rows))):
+        return Sequences(shapes, None, None)
+    return Sequences(shapes, rows, rows.argsort())
+
+
+class VideoNSAVisionPatchEmbed(Qwen2_5_VisionPatchEmbed):
+    """Patches to features as one matrix product, which the convolution is."""
+
+    def forward(self, hidden_states):
+        if not _is_plain(self.proj, nn.Conv3d):
+            return super().forward(hidden_states)
+        weight = self.proj.weight
+        return nn.functional.linear(hidden_states.to(weight.dtype), weight.flatten(1))
+
+
+class VideoNSAVisionAttention(Qwen2_5_VLVisionAttention):
+    """One attention call for all sequences of one length."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        sequences: Sequences,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """hidden_states [N, hidden], cos and sin float32 [N, D]; returns [N, hidden]."""
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
+        cos, sin = (x.float() for x in position_embeddings)  # mixed precision may have cast them
+        query, key = (rotary(qkv[:, part], cos, sin) for part in (0, 1))
+        states = query, key, qkv[:, 2]
+        if sequences.rows is not None:
+            states = [x[sequences.rows] for x in states]
+        sizes = [count * length for count, length in sequences.shapes]
+        parts = zip(*(x.split(sizes) for x in states), sequences.shapes, strict=True)
+        outputs = [self._attend(*part, kwargs) for part in parts]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if sequences.restore is not None:
+            output = output[sequences.restore]
+        return self.proj(output)
+
+    def _attend(self, query, key, value, shape, kwargs):
+        """[count * length, H, D] each to [count * length, H * D]."""
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        states = (x.unflatten(0, shape).transpose(1, 2) for x in (query, key, value))
+        outputs = [
+            attention(
+                self,
+                *piece,
+                attention_mask=None,
+                scaling=self.scaling,
+                dropout=self.attention_dropout if self.training else 0.0,
+                is_causal=False,
+                **kwargs,
+            )[0]
+            for piece in zip(*(x.split(SEQUENCES_PER_CALL) for x in states), strict=True)
+        ]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return output.flatten(2).flatten(0, 1)
+
+
+class VideoNSAVisionMLP(Qwen2_5_VLMLP):
+    """Gate and up projection as one product of aligned width, and the activation in one pass."""
+
+    def __init__(self, config, bias=False):
+        super().__init__(config, bias)
+        self.is_swiglu = config.hidden_act == "silu"
+
+    def forward(self, hidden_state):
+        linears = self.gate_proj, self.up_proj, self.down_proj
+        if not self.is_swiglu or not all(_is_plain(x, nn.Linear) for x in linears):
+            return super().forward(hidden_state)
+        return self.fused(hidden_state)
+
+    def fused(self, hidden_state):
+        """The same with zero columns after each half: silu(0) * 0 adds nothing."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        padding = -gate.out_features % ALIGNED_COLUMNS
+        rows = gate.weight.new_zeros(padding, gate.in_features)
+        weight = torch.cat([gate.weight, rows, up.weight, rows])
+        bias = None
+        if gate.bias is not None:
+            bias = torch.cat([gate.bias, rows[:, 0], up.bias, rows[:, 0]])
+        activation = swiglu_halves(nn.functional.linear(hidden_state, weight, bias))
+        weight = nn.functional.pad(down.weight, (0, padding))
+        return nn.functional.linear(activation, weight, down.bias)
+
+
+class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
+    """Qwen2.5-VL's vision tower."""
+
+    def __init__(self, config, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        self.patch_embed = VideoNSAVisionPatchEmbed(
+            config.patch_size, config.temporal_patch_size, config.in_channels, config.hidden_size
+        )
+        for block in self.blocks:
+            block.norm1 = VideoNSARMSNorm(config.hidden_size, eps=1e-6)
+            block.norm2 = VideoNSARMSNorm(config.hidden_size, eps=1e-6)
+            block.attn = VideoNSAVisionAttention(config)
+            block.mlp = VideoNSAVisionMLP(config, bias=True)
+        self.merger.ln_q = VideoNSARMSNorm(config.hidden_size, eps=1e-6)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs):
+        """hidden_states [patches, pixels of a patch], grid_thw int64 [media, 3] in patches.
+
+        Returns `last_hidden_state` [patches, hidden], in the stock window order, and
+        `pooler_output` [tokens, out_hidden_size], in the processor's.
+        """
+        grid = grid_thw.cpu()
+        unit = self.spatial_merge_unit
+        positions = get_vision_position_ids(grid, self.spatial_merge_size, kwargs=kwargs).cpu()
+        frames = get_vision_cu_seqlens(grid, kwargs=kwargs).cpu().long()
+        index, windows = get_vision_window_index(
+            grid, self.spatial_merge_size, self.window_size, self.patch_size, kwargs=kwargs
+        )
+        index, windows = index.cpu(), windows.cpu().long()
+        for name in ("max_seqlen", "max_window_seqlen"):  # which only the stock tower needs
+            kwargs.pop(name, None)
+
+        records = any(
+            kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False))
+            for name in self._can_record_outputs
+        )
+        learns = torch.is_grad_enabled() and (
+            hidden_states.requires_grad or any(x.requires_grad for x in self.parameters())
+        )
+        chunks = [(0, len(frames) - 1)]
+        if not (learns or records or _is_sharded(self.blocks)):
+            chunks = _chunks(frames)
+        outputs = []
+        with contextlib.nullcontext() if learns else torch.no_grad():
+            for first, last in chunks:
+                start, stop = frames[first].item(), frames[last].item()
+                inside = windows[(windows >= start) & (windows <= stop)]
+                layout = make_layout(
+                    index[start // unit : stop // unit] - start // unit,
+                    inside.diff(),
+                    frames[first : last + 1].diff(),
+                    unit,
+                    by_length=not records,
+                )
+                pixels, at = hidden_states[start:stop], positions[start:stop]
+                outputs.append(self._encode(pixels, at, layout, kwargs))
+        last, merged = zip(*outputs, strict=True)
+        if len(outputs) == 1:
+            last, merged = outputs[0]
+        else:
+            last, merged = torch.cat(last), torch.cat(merged)
+        return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=merged)
+
+    def _encode(self, pixels, positions, layout, kwargs):
+        """The two outputs for whole frames."""
+        layout = layout.to(pixels.device)
+
+        def reorder(x, index):
+            return x.unflatten(0, (-1, self.spatial_merge_unit))[index].flatten(0, 1)
+
+        hidden_states = reorder(self.patch_embed(pixels), layout.order)
+        angles = self.rotary_pos_emb(hidden_states, positions.to(pixels.device))
+        angles = tuple(reorder(x, layout.order) for x in angles)
+        for number, block in enumerate(self.blocks):
+            full = number in self.fullatt_block_indexes
+            hidden_states = block(
+                hidden_states,
+                cu_seqlens=None,
+                position_embeddings=angles,
+                sequences=layout.attention["frame" if full else "window"],
+                **kwargs,
+            )
+        merged = self.merger(hidden_states)[layout.tokens]
+        return reorder(hidden_states, layout.windows), merged
+
+
+def _chunks(frames):
+    """Ranges of frames of at most PATCHES_PER_CHUNK patches, or one; frames: cumulative patches."""
+    chunks, first = [], 0
+    bounds = frames.tolist()
+    for last in range(1, len(bounds)):
+        if last - first > 1 and bounds[last] - bounds[first] > PATCHES_PER_CHUNK:
+            chunks.append((first, last - 1))
+            first = last - 1
+    return [*chunks, (first, len(bounds) - 1)]
+
+
+def _is_plain(module, kind):
+    """Whether `module` does on CUDA what `kind` does and nothing more: no adapter, no hook.
+
+    ZeRO-3 (`ds_id`) and offloading bring a weight when its module is called, and not before.
+    """
+    return (
+        type(module) is kind
+        and module.weight.is_cuda
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not hasattr(module.weight, "ds_id")
+    )
+
+
+def _is_sharded(blocks):
+    """Whether calling a block gathers its weights: then every process must call it as often."""
+    names = {base.__name__ for block in blocks for base in type(block).__mro__}
+    return bool(names & {"FSDPModule", "FullyShardedDataParallel"}) or any(
+        hasattr(weight, "ds_id") for weight in blocks.parameters()
+    )
