@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLAttention,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
@@ -32,6 +31,7 @@ from transformers.utils import logging
 
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from .fused_videonsa import VideoNSAMLP, VideoNSARMSNorm, rotary
+from .vision_videonsa import VideoNSAVisionTower
 
 try:
     from transformers.conversion_mapping import (
@@ -336,7 +336,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
     def __init__(self, config: VideoNSAConfig):
         # Not the parent's, which would build a dense language model first.
         Qwen2_5_VLPreTrainedModel.__init__(self, config)
-        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
+        self.visual = VideoNSAVisionTower._from_config(config.vision_config)
         self.language_model = VideoNSATextModel._from_config(config.text_config)
         self.rope_deltas = None  # stock keeps state here; ours is with the cache
         self.post_init()

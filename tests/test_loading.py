@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import publish  # noqa: E402
 
-PREFIXES = ("configuration_", "modeling_", "nsa_", "processing_")
+PREFIXES = ("configuration_", "fused_", "modeling_", "nsa_", "processing_", "vision_")
 MODEL_FILES = sorted(path for path in ROOT.glob("*.py") if path.name.startswith(PREFIXES))
 SHIPPED_IMPORTS = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
 
