@@ -1,0 +1,237 @@
+"""Times the whole model beside stock Qwen2.5-VL: 7B's size, random weights, bfloat16, one GPU.
+
+    python benchmarks/prefill.py
+    python benchmarks/prefill.py --models ours --sizes 1048576
+    python benchmarks/prefill.py --train --sizes 36864 65536 131072
+
+A prompt is a video of 128 tokens for each two frames and a question. Prefill is `generate` of one
+token, from pixels on the GPU; from 256K tokens on, pixels are made as they are read, which a
+`PixelStream` does with a file. The vision tower is timed alone too, then decoding: milliseconds a
+token, also with a static cache (compiled) where --static is given. With --train: forward and
+backward of the language model with LoRA and gates, layers checkpointed, loss on 32 tokens, and the
+whole step with a frozen tower. Seconds are medians after a warm-up, GiB the peak.
+"""
+
+import argparse
+import gc
+import sys
+import time
+import types
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+ROOT = Path(__file__).parents[1]
+package = types.ModuleType("videonsa")
+package.__path__ = [str(ROOT)]
+sys.modules["videonsa"] = package
+
+from videonsa.configuration_videonsa import VideoNSAConfig  # noqa: E402
+from videonsa.forecast_videonsa import forecast  # noqa: E402
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration  # noqa: E402
+
+GRID = 16, 32  # patches of a frame: 128 tokens for two frames
+STEP = GRID[0] * GRID[1]
+QUESTION = 32
+CLASSES = {
+    "ours": (VideoNSAConfig, VideoNSAForConditionalGeneration),
+    "stock": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
+    parser.add_argument("--models", nargs="+", default=[*CLASSES], choices=[*CLASSES])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--new_tokens", type=int, default=32, help="0 times no decoding")
+    parser.add_argument("--static", action="store_true")
+    parser.add_argument("--train", action="store_true")
+    args = parser.parse_args()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}",
+        flush=True,
+    )
+    for name in args.models:
+        model = make_model(*CLASSES[name])
+        train(name, model, args) if args.train else infer(name, model, args)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def make_model(config_class, model_class):
+    ids = AutoConfig.from_pretrained(ROOT, trust_remote_code=True).to_dict()
+    ids = {name: value for name, value in ids.items() if name.endswith("_token_id")}
+    text = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    text["rope_parameters"]["mrope_section"] = [16, 24, 24]
+    text |= {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    text |= {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
+    text["max_position_embeddings"] = 2**21
+    vision = {"depth": 32, "hidden_size": 1280, "out_hidden_size": 3584, "num_heads": 16}
+    vision |= {"intermediate_size": 3420, "tokens_per_second": 2}
+    vision |= {"fullatt_block_indexes": [7, 15, 23, 31]}
+    config = config_class(text_config=text, vision_config=vision, **ids)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = model_class._from_config(config, dtype=torch.bfloat16).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+class MadePixels:
+    """Rows of pixels that are made when they are read."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, rows):
+        first, last, _ = rows.indices(self.rows)
+        return torch.randn(last - first, 1176, device="cuda", dtype=torch.bfloat16)
+
+
+def make_inputs(model, tokens):
+    config, steps = model.config, tokens // (STEP // 4)
+    ids = torch.full((1, steps * STEP // 4 + QUESTION), 9, device="cuda")
+    ids[:, 4 : 4 + steps * STEP // 4] = config.video_token_id
+    ids[:, 3] = config.vision_start_token_id
+    made = MadePixels(steps * STEP)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == config.video_token_id) * 2,
+        "pixel_values_videos": made if tokens > 262144 else made[:],
+        "video_grid_thw": torch.tensor([[steps, *GRID]], device="cuda"),
+        "second_per_grid_ts": torch.tensor([1.0]),
+    }
+
+
+def infer(name, model, args):
+    print(f"{'':6s} {'tokens':>8s} {'prefill s':>10s} {'GiB':>6s} {'forecast':>9s} {'tower s':>8s}")
+    timed(lambda: run(model, make_inputs(model, 4096), 1), 1)  # compiles
+    for tokens in args.sizes:
+        inputs = make_inputs(model, tokens)
+        repeats = args.repeats if tokens <= 131072 and name == "ours" else 1
+        try:
+            seconds, peak = timed(lambda inputs=inputs: run(model, inputs, 1), repeats)
+        except torch.OutOfMemoryError as error:
+            print(f"{name:6s} {tokens:8d} {str(error)[:80]}", flush=True)
+            continue
+        foreseen = float("nan")
+        if name == "ours":
+            length = inputs["input_ids"].shape[1]
+            foreseen = forecast(
+                model.config, length, vision_tokens=length - QUESTION, dtype=model.dtype
+            ).peak
+        line = f"{name:6s} {tokens:8d} {seconds:10.2f} {peak:6.1f} {foreseen:9.1f}"
+        if torch.is_tensor(inputs["pixel_values_videos"]):
+            line += f" {timed(lambda inputs=inputs: tower(model, inputs), repeats)[0]:8.2f}"
+        print(line, flush=True)
+        if args.new_tokens and tokens <= 131072:
+            options = [{}, {"cache_implementation": "static"}] if args.static else [{}]
+            for option in options:
+                decode(name, model, inputs, tokens, seconds, args.new_tokens, option)
+
+
+def decode(name, model, inputs, tokens, prefill, new_tokens, option):
+    def both():
+        run(model, inputs, new_tokens + 1, **option)
+
+    try:
+        if option:
+            run(model, inputs, 8, **option)
+            prefill, _ = timed(lambda: run(model, inputs, 1, **option), 1)
+        seconds, _ = timed(both, 1)
+    except Exception as error:
+        print(f"{name:6s} {tokens:8d} decoding {option}: {str(error)[:200]}", flush=True)
+        return
+    each = (seconds - prefill) / new_tokens * 1e3
+    print(f"{name:6s} {tokens:8d} decoding {each:.1f} ms a token {option or ''}", flush=True)
+
+
+def run(model, inputs, new_tokens, **options):
+    return model.generate(
+        **inputs, do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options
+    )
+
+
+@torch.no_grad()
+def tower(model, inputs):
+    model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+
+
+def train(name, model, args):
+    import peft
+
+    options = {"r": 64, "target_modules": "model.language_model.*(q|k|v|o)_proj"}
+    model = peft.get_peft_model(model, peft.LoraConfig(**options))
+    for parameter, tensor in model.named_parameters():
+        if "g_proj" in parameter:
+            tensor.requires_grad_()
+    model.enable_input_require_grads()
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    base.model.visual.eval()
+    print(f"{'':6s} {'tokens':>8s} {'LLM s':>7s} {'GiB':>6s} {'whole s':>8s} {'GiB':>6s}")
+    for tokens in args.sizes:
+        try:
+            inputs = make_inputs(base, tokens)
+            labels = torch.full_like(inputs["input_ids"], -100)
+            labels[:, -QUESTION + 4 :] = 9
+            shifted = labels.roll(-1, 1)
+            shifted[:, -1] = -100
+            keep = (shifted[0] != -100).nonzero()[:, 0]
+            common = {"labels": labels, "shift_labels": shifted[:, keep], "logits_to_keep": keep}
+            common |= {"use_cache": False}
+            positions = torch.arange(labels.shape[1], device="cuda").expand(3, 1, -1)
+            embeds = torch.randn(
+                1, labels.shape[1], 3584, device="cuda", dtype=torch.bfloat16
+            ).mul_(0.02)
+            alone = {"inputs_embeds": embeds.requires_grad_(), "position_ids": positions}
+            alone["mm_token_type_ids"] = inputs["mm_token_type_ids"]
+            repeats = 2 if tokens <= 65536 else 1
+            times = [*timed(lambda call=alone | common: step(model, call), repeats)]
+            del embeds, alone
+            model.zero_grad(set_to_none=True)
+            times += timed(lambda call=inputs | common: step(model, call), repeats)
+            print(
+                f"{name:6s} {tokens:8d} {times[0]:7.2f} {times[1]:6.1f} {times[2]:8.2f} "
+                f"{times[3]:6.1f}",
+                flush=True,
+            )
+        except torch.OutOfMemoryError as error:
+            print(f"{name:6s} {tokens:8d} {str(error)[:80]}", flush=True)
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def step(model, call):
+    model(**call).loss.backward()
+
+
+def timed(function, repeats):
+    """(median seconds after one run, which is the only one where there are no repeats; GiB)"""
+    torch.cuda.synchronize()
+    if repeats > 1:
+        function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2], torch.cuda.max_memory_allocated() / 2**30
+
+
+if __name__ == "__main__":
+    main()
