@@ -17,13 +17,15 @@ GIB = 2**30
 
 # The prompt goes through the layers in chunks of so many tokens, ...
 PREFILL_CHUNK_TOKENS = 16384
-# ... of which each takes so many activations of each size while a layer runs, ...
-HIDDEN_ROWS, INTERMEDIATE_ROWS = 6, 3
-# ... and the kernels keep the selected branch's partial results of so many queries, and the
-# importance of so many blocks to each of them, in float32 for each key/value head.
-KERNEL_QUERIES, KERNEL_BLOCKS = 9216, 2048
+# ... of which each takes so many activations of each size while a layer's MLP runs, ...
+MLP_HIDDEN_ROWS, MLP_INTERMEDIATE_ROWS = 4, 3
+# ... and so many while its attention runs. Above so many vision tokens its kernels keep the
+# selected branch's partial results of so many queries, and the importance of so many blocks to each
+# of them, in float32 for each key/value head.
+ATTENTION_HIDDEN_ROWS = 8
+KERNEL_FROM, KERNEL_QUERIES, KERNEL_BLOCKS = 8192, 9216, 2048
 # The vision tower takes the videos in chunks of so many tokens (of four patches), ...
-VISION_CHUNK_TOKENS = 16384
+VISION_CHUNK_TOKENS = 8192
 # ... of which each patch takes so many activations of each size while a block runs, and its
 # pixels in float32 and once more in the tower's dtype.
 VISION_HIDDEN_ROWS, VISION_INTERMEDIATE_ROWS = 6, 3
@@ -177,25 +179,28 @@ def cache_bytes(config, tokens, dtype) -> int:
 
 
 def chunk_bytes(config, prompt, vision_tokens, dtype) -> int:
-    """Bytes beyond weights and cache while a prompt is read: the larger of the two models' chunks.
+    """Bytes beyond weights and cache while a prompt is read: of whichever part takes most.
 
-    The vision tower is done with a chunk of frames before the language model reads it.
+    The vision tower is done with a chunk of frames before the language model reads it, and a
+    layer's attention before its MLP.
     """
     text, vision = config.text_config, config.vision_config
-    rows = HIDDEN_ROWS * text.hidden_size + INTERMEDIATE_ROWS * text.intermediate_size
-    language = min(prompt, PREFILL_CHUNK_TOKENS) * rows * dtype.itemsize
-    if vision_tokens:
+    tokens = min(prompt, PREFILL_CHUNK_TOKENS)
+    mlp = MLP_HIDDEN_ROWS * text.hidden_size + MLP_INTERMEDIATE_ROWS * text.intermediate_size
+    mlp *= tokens * dtype.itemsize
+    attention = ATTENTION_HIDDEN_ROWS * text.hidden_size * tokens * dtype.itemsize
+    if vision_tokens > KERNEL_FROM:
         head = text.hidden_size // text.num_attention_heads
         partial = 2 * (head + 2) * text.num_attention_heads * text.nsa_num_selected_blocks
         importance = 4 * KERNEL_BLOCKS * text.num_key_value_heads
-        language += min(vision_tokens, KERNEL_QUERIES) * (partial + importance)
+        attention += KERNEL_QUERIES * (partial + importance)
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     patch = (
         VISION_HIDDEN_ROWS * vision.hidden_size
         + VISION_INTERMEDIATE_ROWS * vision.intermediate_size
     ) * dtype.itemsize + pixels * (4 + dtype.itemsize)
     patches = min(vision_tokens, VISION_CHUNK_TOKENS) * vision.spatial_merge_size**2
-    return max(language, patches * patch)
+    return max(mlp, attention, patches * patch)
 
 
 def _gib(amount):

@@ -10,6 +10,7 @@ Numbers: statistics and products in float32, row numbers in int64, rows on grid 
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLRMSNorm,
     Qwen2MLP,
@@ -26,6 +27,8 @@ FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_FEATURES = 32768  # of a row that one program keeps in registers
 WEIGHT_GRADIENT_PROGRAMS = 512  # fixed, so that the sum over rows has one order on every device
 SWIGLU_COLUMNS = 4096
+# A learning MLP of more tokens than this keeps nothing but its input and works in tiles of so many.
+TILED_FROM, TILE = 65536 + 1024, 16384
 
 
 def rms_norm(x, weight, eps):
@@ -79,9 +82,20 @@ class VideoNSARMSNorm(Qwen2_5_VLRMSNorm):
 
 
 class VideoNSAMLP(Qwen2MLP):
-    """Qwen2.5-VL's MLP with its activation in one pass."""
+    """Qwen2.5-VL's MLP with its activation in one pass.
+
+    x [..., hidden]. Where a gradient is wanted of very many tokens, it runs in tiles of tokens that
+    are computed again in the backward: their 3 * intermediate_size activations would not fit.
+    """
 
     def forward(self, x):
+        if x.requires_grad and torch.is_grad_enabled() and x.shape[:-1].numel() > TILED_FROM:
+            tiles = x.flatten(0, -2).split(TILE)
+            tiles = [checkpoint(self._forward, tile, use_reentrant=False) for tile in tiles]
+            return torch.cat(tiles).view(x.shape)
+        return self._forward(x)
+
+    def _forward(self, x):
         if self.config.hidden_act != "silu":
             return super().forward(x)
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -193,6 +193,23 @@ def test_modules_keep_the_stock_parameters_and_results():
         torch.testing.assert_close(ours(x), theirs(x))
 
 
+def test_very_many_tokens_learn_in_tiles(monkeypatch):
+    config = stock.Qwen2_5_VLConfig().text_config
+    config.hidden_size, config.intermediate_size = 16, 24
+    mlp, results, calls = fused.VideoNSAMLP(config), [], []
+    mlp.down_proj.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    for limit in (100, 7):
+        monkeypatch.setattr(fused, "TILED_FROM", limit)
+        monkeypatch.setattr(fused, "TILE", 3)
+        x = numbers(2, 4, 16).float().requires_grad_()
+        y = mlp(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in mlp.parameters())])
+        mlp.zero_grad()
+    torch.testing.assert_close(*results)
+    assert calls == [2, 3, 3, 2]
+
+
 def test_mlp_under_an_adapter():
     from peft import LoraConfig, inject_adapter_in_model
 
