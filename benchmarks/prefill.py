@@ -8,8 +8,9 @@ A prompt is a video of 128 tokens for each two frames and a question. Prefill is
 token, from pixels on the GPU; from 256K tokens on, pixels are made as they are read, which a
 `PixelStream` does with a file. The vision tower is timed alone too, then decoding: milliseconds a
 token, also with a static cache (compiled) where --static is given. With --train: forward and
-backward of the language model with LoRA and gates, layers checkpointed, loss on 32 tokens, and the
-whole step with a frozen tower. Seconds are medians after a warm-up, GiB the peak.
+backward of the language model with LoRA and gates, layers checkpointed, loss on 28 tokens, and the
+whole step with a frozen tower. Seconds are medians after a warm-up, or of one run (stock, decoding,
+training above 64K tokens, prompts above 128K); GiB are the peak.
 """
 
 import argparse
@@ -218,7 +219,7 @@ def step(model, call):
 
 
 def timed(function, repeats):
-    """(median seconds after one run, which is the only one where there are no repeats; GiB)"""
+    """Median seconds of that many runs after one that does not count, if many; and peak GiB."""
     torch.cuda.synchronize()
     if repeats > 1:
         function()
