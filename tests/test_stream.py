@@ -320,16 +320,33 @@ def test_progress_is_shown_when_asked_for(processor, folder, module, monkeypatch
     assert bars == [{"total": 10, "initial": 2, "desc": "Reading plain.mp4", "leave": False}]
 
 
-def test_the_model_reads_a_stream_as_it_reads_a_tensor(processor, folder):
+@pytest.mark.parametrize("chunk", [None, 25])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_model_reads_a_stream_as_it_reads_a_tensor(processor, folder, chunk, samples):
+    """Whole, in chunks, and where batch rows take turns, of which each has its own videos."""
     model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True)
     videos = [str(folder / "plain.mp4"), str(folder / "long.mp4")]
     outputs = []
     for stream in (False, True):
-        inputs = take(processor, *videos, stream=stream)
-        del inputs["video_metadata"]
+        inputs = take_samples(processor, videos, samples, stream=stream)
         call = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
-        outputs.append(model.generate(**inputs.to(model.device), **call))
+        inputs = inputs.to(model.device)
+        outputs.append(model.generate(**inputs, **call, prefill_chunk_size=chunk))
     tensor, streamed = outputs
     assert torch.equal(tensor["sequences"], streamed["sequences"])
     for one, other in zip(tensor["logits"], streamed["logits"], strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+def take_samples(processor, videos, samples, **kwargs):
+    """All outputs for a batch that shares these videos out over so many samples."""
+    batch = [videos[i::samples] for i in range(samples)]
+    content = [[{"type": "video", "video": video} for video in share] for share in batch]
+    messages = [[{"role": "user", "content": parts}] for parts in content]
+    return processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, **kwargs},
+    )
