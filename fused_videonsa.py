@@ -1,8 +1,8 @@
 """RMSNorm, SwiGLU and rotary embedding in one pass over memory each, forward and backward.
 
 Every function equals Qwen2.5-VL's own expression, rounding for rounding. On CUDA with Triton they
-are kernels; elsewhere, for other dtypes, and under torch.compile, which fuses by itself, they are
-that expression in plain PyTorch.
+are kernels; elsewhere, for other dtypes, for few tokens, whose time is that of the launches, and
+under torch.compile, which fuses by itself, they are that expression in plain PyTorch.
 
 Shapes: D features, I intermediate features, H heads. One row is [D], [I] or a token's [H, D].
 Numbers: statistics and products in float32, row numbers in int64, rows on grid axis 0.
@@ -27,6 +27,7 @@ FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_FEATURES = 32768  # of a row that one program keeps in registers
 WEIGHT_GRADIENT_PROGRAMS = 512  # fixed, so that the sum over rows has one order on every device
 SWIGLU_COLUMNS = 4096
+FEW = 2**18  # elements, up to which launching a Triton kernel takes longer than it may save
 # A learning MLP of more tokens than this keeps nothing but its input and works in tiles of so many.
 TILED_FROM, TILE = 65536 + 1024, 16384
 
@@ -36,11 +37,13 @@ def rms_norm(x, weight, eps):
 
     Float32 inside, cast to x's dtype, then times the weight. Differentiable in x and weight.
     """
-    if not (_runs_fused(x, weight) and x.shape[-1] <= MAX_FEATURES):
-        normed = x.float()
-        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
-        return weight * normed.to(x.dtype)
-    return _apply(_RMSNorm, x, weight, eps)
+    if _runs_fused(x, weight) and x.shape[-1] <= MAX_FEATURES:
+        return _apply(_RMSNorm, x, weight, eps)
+    if x.is_cuda and not torch.compiler.is_compiling():
+        return weight * nn.functional.rms_norm(x, x.shape[-1:], eps=eps).to(x.dtype)
+    normed = x.float()
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
 
 
 def swiglu(gate, up):
@@ -105,6 +108,7 @@ def _runs_fused(*tensors):
     """Whether the kernels take these tensors."""
     return (
         triton is not None
+        and tensors[0].numel() > FEW
         and all(x.is_cuda and x.dtype in FUSED_DTYPES for x in tensors)
         and not torch.compiler.is_compiling()
     )

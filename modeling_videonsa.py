@@ -167,6 +167,10 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         **kwargs,
     ):
         """hidden_states [B, S, hidden] to ([B, S, hidden], attention weights or None)."""
+        cache = _cache(kwargs)
+        if getattr(cache, "offloading", False):
+            # As newer caches do by themselves: fetch a layer only once it is stored.
+            cache.prefetch_stream.wait_stream(torch.cuda.current_stream(hidden_states.device))
         if nsa_plan is None:
             output, weights = super().forward(
                 hidden_states,
@@ -184,7 +188,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = (rotary(x, *position_embeddings) for x in (query, key))
-        if (cache := _cache(kwargs)) is not None:
+        if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         if query.shape[2] != nsa_plan.num_queries or key.shape[2] < nsa_plan.num_keys:
             raise ValueError(

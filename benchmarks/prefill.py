@@ -4,13 +4,14 @@
     python benchmarks/prefill.py --models ours --sizes 1048576
     python benchmarks/prefill.py --train --sizes 36864 65536 131072
 
-A prompt is a video of 128 tokens for each two frames and a question. Prefill is `generate` of one
-token, from pixels on the GPU; from 256K tokens on, pixels are made as they are read, which a
-`PixelStream` does with a file. The vision tower is timed alone too, then decoding: milliseconds a
-token, also with a static cache (compiled) where --static is given. With --train: forward and
-backward of the language model with LoRA and gates, layers checkpointed, loss on 28 tokens, and the
-whole step with a frozen tower. Seconds are medians after a warm-up, or of one run (stock, decoding,
-training above 64K tokens, prompts above 128K); GiB are the peak.
+A prompt is a video of 128 tokens for each two frames and a question. Prefill is the time that
+`generate` takes to its first token, from pixels on the GPU; above 256K tokens, pixels are made as
+they are read, which a `PixelStream` does with a file. Then decoding in milliseconds a token, the
+whole answer, and the vision tower alone; with --static also with a static cache, for which the
+library compiles decoding. With --train: forward and backward of the language model with LoRA and
+gates, layers checkpointed, loss on 28 tokens, and the whole step with a frozen tower. Seconds are
+medians after a warm-up, or of one run (stock above 32K tokens, ours above 128K, training above
+64K); GiB are the peak.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
     parser.add_argument("--models", nargs="+", default=[*CLASSES], choices=[*CLASSES])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--new_tokens", type=int, default=32, help="0 times no decoding")
+    parser.add_argument("--new_tokens", type=int, default=33, help="of an answer, at least 2")
     parser.add_argument("--static", action="store_true")
     parser.add_argument("--train", action="store_true")
     args = parser.parse_args()
@@ -114,52 +115,70 @@ def make_inputs(model, tokens):
 
 
 def infer(name, model, args):
-    print(f"{'':6s} {'tokens':>8s} {'prefill s':>10s} {'GiB':>6s} {'forecast':>9s} {'tower s':>8s}")
-    timed(lambda: run(model, make_inputs(model, 4096), 1), 1)  # compiles
+    print(
+        f"{'':6s} {'tokens':>8s} {'prefill s':>10s} {'ms/token':>9s} {'answer s':>9s} {'GiB':>6s} "
+        f"{'forecast':>9s} {'tower s':>8s}"
+    )
+    answer(model, make_inputs(model, 4096), 2)  # compiles
     for tokens in args.sizes:
         inputs = make_inputs(model, tokens)
-        repeats = args.repeats if tokens <= 131072 and name == "ours" else 1
-        try:
-            seconds, peak = timed(lambda inputs=inputs: run(model, inputs, 1), repeats)
-        except torch.OutOfMemoryError as error:
-            print(f"{name:6s} {tokens:8d} {str(error)[:80]}", flush=True)
-            continue
-        foreseen = float("nan")
-        if name == "ours":
-            length = inputs["input_ids"].shape[1]
-            foreseen = forecast(
-                model.config, length, vision_tokens=length - QUESTION, dtype=model.dtype
-            ).peak
-        line = f"{name:6s} {tokens:8d} {seconds:10.2f} {peak:6.1f} {foreseen:9.1f}"
-        if torch.is_tensor(inputs["pixel_values_videos"]):
-            line += f" {timed(lambda inputs=inputs: tower(model, inputs), repeats)[0]:8.2f}"
-        print(line, flush=True)
-        if args.new_tokens and tokens <= 131072:
-            options = [{}, {"cache_implementation": "static"}] if args.static else [{}]
-            for option in options:
-                decode(name, model, inputs, tokens, seconds, args.new_tokens, option)
+        repeats = args.repeats if tokens <= (131072 if name == "ours" else 32768) else 1
+        for option in [{}, {"cache_implementation": "static"}] if args.static else [{}]:
+            try:
+                line = infer_one(name, model, inputs, repeats, args.new_tokens, option)
+            except torch.OutOfMemoryError as error:
+                line = f" {str(error)[:80]}"
+            print(f"{name:6s} {tokens:8d}{line}", *option.values(), flush=True)
 
 
-def decode(name, model, inputs, tokens, prefill, new_tokens, option):
-    def both():
-        run(model, inputs, new_tokens + 1, **option)
+def infer_one(name, model, inputs, repeats, new_tokens, option):
+    start = time.perf_counter()
+    if option or repeats > 1:
+        answer(model, inputs, new_tokens, **option)
+    first = time.perf_counter() - start
+    torch.cuda.reset_peak_memory_stats()
+    times = zip(*(answer(model, inputs, new_tokens, **option) for _ in range(repeats)), strict=True)
+    prefill, each, whole = (sorted(x)[repeats // 2] for x in times)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    line = f" {prefill:10.2f} {each * 1e3:9.1f} {whole:9.2f} {peak:6.1f}"
+    if option:
+        return f"{line}, {first:.1f} s the first time"
+    foreseen = float("nan")
+    if name == "ours":
+        length = inputs["input_ids"].shape[1]
+        foreseen = forecast(
+            model.config,
+            length,
+            vision_tokens=length - QUESTION,
+            new_tokens=new_tokens,
+            dtype=model.dtype,
+        ).peak
+    line += f" {foreseen:9.1f}"
+    if torch.is_tensor(inputs["pixel_values_videos"]):
+        line += f" {timed(lambda: tower(model, inputs), repeats)[0]:8.2f}"
+    return line
 
-    try:
-        if option:
-            run(model, inputs, 8, **option)
-            prefill, _ = timed(lambda: run(model, inputs, 1, **option), 1)
-        seconds, _ = timed(both, 1)
-    except Exception as error:
-        print(f"{name:6s} {tokens:8d} decoding {option}: {str(error)[:200]}", flush=True)
-        return
-    each = (seconds - prefill) / new_tokens * 1e3
-    print(f"{name:6s} {tokens:8d} decoding {each:.1f} ms a token {option or ''}", flush=True)
+
+class Clock:
+    """A streamer that notes when the prompt, then each token is there."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, tokens):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
 
 
-def run(model, inputs, new_tokens, **options):
-    return model.generate(
-        **inputs, do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options
-    )
+def answer(model, inputs, new_tokens, **options):
+    """Seconds to the first of so many tokens, of each one after it, and of them all."""
+    clock, start = Clock(), time.perf_counter()
+    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    model.generate(**inputs, **lengths, do_sample=False, streamer=clock, **options)
+    _, first, *_, last = clock.times
+    return first - start, (last - first) / (new_tokens - 1), last - start
 
 
 @torch.no_grad()

@@ -220,6 +220,46 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(ask, folder, error)
     assert torch.equal(records[0][2], records[1][2])
 
 
+@pytest.mark.gpu
+def test_running_out_of_memory_leaves_the_conversation_as_it_was(ask, folder, tmp_path):
+    """A limit of the process stands for a card that others fill, which no forecast sees."""
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True).cuda()
+    large = clips.write_clip(tmp_path / "large.mp4", 60, height=448, width=448)
+    answers = []
+    for failing in (False, True):
+        chat = conversation(ask, processor, model, 3)
+        records = [chat.ask([str(folder / "five.mp4")], "What is shown?", quiet)]
+        if failing:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(0.0)
+            try:
+                with pytest.raises(ask.TooLarge, match=r"^out of memory: [\d,]+ tokens: .*; take"):
+                    chat.ask([str(large)], "And this?", quiet)
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+        records.append(chat.ask([str(folder / "two.webm")], "And this?", quiet))
+        answers.append([record["answer"] for record in records] + chat.sequence[0].tolist())
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.gpu
+def test_a_gpu_answers_about_the_bundled_clips(ask):
+    """All questions, rightly, in bfloat16, from streams."""
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    options = {"trust_remote_code": True, "dtype": torch.bfloat16}
+    model = AutoModelForImageTextToText.from_pretrained(ROOT, **options).cuda()
+    wrong, clips_folder = [], ROOT / "examples" / "clips"
+    for line in (clips_folder / "clips.jsonl").read_text().splitlines():
+        clip = json.loads(line)
+        question, answer = (turn["value"] for turn in clip["conversations"])
+        chat = conversation(ask, processor, model, 16)
+        file = str(clips_folder / clip["video"])
+        record = chat.ask([file], question.removeprefix("<video>"), quiet)
+        wrong += [clip["id"]] if record["answer"] != answer else []
+    assert wrong == []
+
+
 def test_what_does_not_fit_is_refused_before_the_model_is_loaded(ask, folder):
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True)

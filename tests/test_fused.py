@@ -238,6 +238,19 @@ def test_rms_norm_at_real_sizes(rows, features):
 
 
 @pytest.mark.gpu
+def test_few_rows_of_rms_norm(monkeypatch):
+    monkeypatch.undo()
+    inputs = [numbers(3, 3584, device="cuda"), numbers(3584, seed=1, device="cuda")]
+    assert not fused._runs_fused(*inputs)
+    check(
+        lambda x, weight: fused.rms_norm(x, weight, 1e-6),
+        lambda x, weight: stock_rms_norm(x, weight, 1e-6),
+        inputs,
+        torch.bfloat16,
+    )
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("columns", [3420, 3456, 18944])
 def test_swiglu_at_real_sizes(columns):
     gate_up = numbers(2051, 2 * columns, device="cuda")
@@ -269,6 +282,29 @@ def test_text_rotary_at_real_sizes(heads):
         torch.bfloat16,
         constants=[angles.cos().bfloat16(), angles.sin().bfloat16()],
     )
+
+
+@pytest.mark.gpu
+def test_tiles_at_real_sizes(monkeypatch):
+    monkeypatch.setattr(fused, "TILED_FROM", 1000)
+    monkeypatch.setattr(fused, "TILE", 300)
+    config = stock.Qwen2_5_VLConfig().text_config
+    config.hidden_size, config.intermediate_size = 3584, 18944
+    torch.manual_seed(0)
+    eager = stock.Qwen2MLP(config).to("cuda", torch.bfloat16)
+    mlp = fused.VideoNSAMLP(config).to("cuda", torch.bfloat16)
+    mlp.load_state_dict(eager.state_dict())
+    results, calls = [], []
+    mlp.down_proj.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    for module in (mlp, eager, copy.deepcopy(eager).double()):
+        dtype = module.down_proj.weight.dtype
+        x = numbers(1, 1001, 3584, device="cuda").bfloat16().to(dtype).requires_grad_()
+        y = module(x)
+        y.backward(numbers(*y.shape, seed=1, device="cuda").bfloat16().to(dtype))
+        results.append([y.detach(), x.grad, *(p.grad for p in module.parameters())])
+    for index, (actual, plain, exact) in enumerate(zip(*results, strict=True)):
+        assert_as_accurate(f"tensor {index}", actual, plain, exact)
+    assert calls[:4] == [300, 300, 300, 101]
 
 
 @pytest.mark.gpu

@@ -142,10 +142,37 @@ def test_prompt_lookup_generates_the_same(model, prompts):
 
 
 @pytest.mark.gpu
+def test_chunks_err_no_more_than_the_whole_at_real_widths(prompts):
+    """Against one pass in float32 of plain PyTorch, whose error in bfloat16 is the budget."""
+    nsa = {"nsa_block_size": 64, "nsa_num_selected_blocks": 32, "nsa_window_size": 256}
+    sizes = {"head_dim": 128, "intermediate_size": 18944, "initializer_range": 0.02}
+    model = make_model(28, 4, **sizes, **nsa, dtype=torch.bfloat16).cuda()
+    inputs = prompts.batch(prompts.row(3, ("image", 6, 9), ("video", 24, 8, 16), 20), device="cuda")
+    length = inputs["input_ids"].shape[1]
+
+    def run(model, backend, size):
+        model.config.text_config.nsa_backend = backend
+        with torch.no_grad():
+            outputs = model.model(**inputs, **as_input(DynamicCache()), nsa_chunk_size=size)
+        return outputs.last_hidden_state[0, -(length % 1000) :]
+
+    chunked, whole = run(model, "triton", 1000), run(model, "triton", None)
+    eager = run(model, "reference", None)
+    exact = run(model.float(), "reference", None)
+    error, budget = ((x.float() - exact).norm() for x in (chunked, eager))
+    assert len(chunked) == length % 1000 > 100 and error <= 2 * budget
+    assert (whole.float() - exact).norm() <= 2 * budget
+
+
+@pytest.mark.gpu
 def test_an_offloaded_cache_generates_the_same(prompts, rows):
     model = make_model(head_dim=16, nsa_block_size=8).cuda()
     inputs = prompts.batch(*rows, device="cuda")
     expected, _ = generate(model, inputs)
+    # Layers are stored late, as on a busy GPU: fetching them must wait for it.
+    model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda layer, args: torch.cuda._sleep(20_000_000)
+    )
     assert torch.equal(generate(model, inputs, cache_implementation="offloaded")[0], expected)
 
 
