@@ -189,7 +189,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = (rotary(x, *position_embeddings) for x in (query, key))
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            # Contiguous, because a cache that grows copies other views at a fifth of the speed.
+            key, value = cache.update(key.contiguous(), value.contiguous(), self.layer_idx)
         if query.shape[2] != nsa_plan.num_queries or key.shape[2] < nsa_plan.num_keys:
             raise ValueError(
                 f"layer {self.layer_idx} got {query.shape[2]} queries and {key.shape[2]} keys, but "
@@ -309,21 +310,18 @@ class MediaFeatures:
     def __getitem__(self, tokens):
         """Encodes the temporal steps that hold these tokens; frames do not see each other."""
         first, last, _ = tokens.indices(len(self))
-        grid, rows, before, done = [], [], 0, 0  # done: tokens of earlier media
+        grid, before, done = [], 0, 0  # tokens before those steps; tokens of earlier media
         for time, height, width in self.grid:
             step = height * width // self.patches
             start = max((first - done) // step, 0)
             end = min(-((done - last) // step), time)
             if start < end:
-                if not rows:
-                    rows, before = (
-                        [done * self.patches + start * height * width],
-                        done + start * step,
-                    )
+                before = before if grid else done + start * step
                 grid.append([end - start, height, width])
             done += time * step
-        rows.append(rows[0] + sum(time * height * width for time, height, width in grid))
-        pixels = self.pixels[rows[0] : rows[1]].to(self.device)
+        row = before * self.patches
+        rows = sum(time * height * width for time, height, width in grid)
+        pixels = self.pixels[row : row + rows].to(self.device)
         grid = torch.tensor(grid, device=pixels.device)
         features = torch.cat(self.encode(pixels, grid, return_dict=True).pooler_output)
         return features[first - before : last - before]

@@ -10,7 +10,7 @@ they are read, which a `PixelStream` does with a file. Then decoding in millisec
 whole answer, and the vision tower alone; with --static also with a static cache, for which the
 library compiles decoding. With --train: forward and backward of the language model with LoRA and
 gates, layers checkpointed, loss on 28 tokens, and the whole step with a frozen tower. Seconds are
-medians after a warm-up, or of one run (stock above 32K tokens, ours above 128K, training above
+medians after a warm-up, or of one run (stock above 8K tokens, ours above 128K, training above
 64K); GiB are the peak.
 """
 
@@ -122,7 +122,7 @@ def infer(name, model, args):
     answer(model, make_inputs(model, 4096), 2)  # compiles
     for tokens in args.sizes:
         inputs = make_inputs(model, tokens)
-        repeats = args.repeats if tokens <= (131072 if name == "ours" else 32768) else 1
+        repeats = args.repeats if tokens <= (131072 if name == "ours" else 8192) else 1
         for option in [{}, {"cache_implementation": "static"}] if args.static else [{}]:
             try:
                 line = infer_one(name, model, inputs, repeats, args.new_tokens, option)
