@@ -17,7 +17,7 @@ Memory: queries are taken in chunks, so it grows with the number of keys, not wi
 
 import torch
 
-CHUNK_ELEMENTS = 2**23  # the largest intermediate of one chunk of queries
+CHUNK_ELEMENTS = 2**21  # the largest intermediate of one chunk of queries; fits a CPU's cache
 
 
 def compress_blocks(k, v, cu_k, *, block_size):
@@ -52,7 +52,7 @@ def compressed_attention(q, k_cmp, v_cmp, cu_q, cu_k, *, block_size, scale=None)
     outputs, sums = [], []
     for queries, blocks, positions in _chunks(q, cu_q, cu_k, block_size, per_query=q.shape[1]):
         visible = _is_complete(len(k_cmp[blocks]), positions, block_size)
-        o, lse = _attend(q[queries], k_cmp[blocks], v_cmp[blocks], visible, scale)
+        o, lse = _attend(q[queries], k_cmp[blocks], v_cmp[blocks], visible, scale, with_lse=True)
         outputs.append(o)
         sums.append(lse)
     if not outputs:
@@ -128,7 +128,7 @@ def selected_attention(q, k, v, blocks, cu_q, cu_k, *, block_size, scale=None):
         visible = (token >= 0) & (token <= positions[:, None, None])
         token = torch.where(visible, token, 0)
         head = torch.arange(k.shape[1], device=q.device)[:, None]
-        o, _ = _softmax_attention(
+        o = _softmax_attention(
             _grouped(q[queries], group), k[keys][token, head], v[keys][token, head], visible, scale
         )
         outputs.append(o.flatten(1, 2))
@@ -151,7 +151,7 @@ def window_attention(q, k, v, cu_q, cu_k, *, window_size, scale=None):
         near = slice(start, keys.start + int(positions[-1]) + 1)
         key_positions = torch.arange(near.start, near.stop, device=q.device) - keys.start
         age = positions[:, None] - key_positions
-        o, _ = _attend(q[queries], k[near], v[near], (age >= 0) & (age < window_size), scale)
+        o = _attend(q[queries], k[near], v[near], (age >= 0) & (age < window_size), scale)
         outputs.append(o)
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
 
@@ -167,7 +167,7 @@ def dense_attention(q, k, v, positions, cu_q, cu_k, *, scale=None):
     for queries, keys, _ in _chunks(q, cu_q, cu_k, 1, per_query=q.shape[1]):
         key_positions = torch.arange(keys.stop - keys.start, device=q.device)
         visible = key_positions <= positions[queries, None]
-        outputs.append(_attend(q[queries], k[keys], v[keys], visible, scale)[0])
+        outputs.append(_attend(q[queries], k[keys], v[keys], visible, scale))
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
 
 
@@ -289,34 +289,37 @@ def _largest(importance, count):
     return order.masked_fill(order == none, -1).int()
 
 
-def _attend(q, k, v, visible, scale):
+def _attend(q, k, v, visible, scale, with_lse=False):
     """q [t, H, D] over shared keys k, v [n, K, D] where visible [t, n]: o [t, H, D], lse [t, H]."""
     group = q.shape[1] // k.shape[1]
     keys, values = k.transpose(0, 1), v.transpose(0, 1)  # [K, n, D], the same for every query
     grouped = _grouped(q, group).transpose(0, 1)  # [K, t, G, D]
     scores = grouped.flatten(1, 2) @ keys.to(_exact(q)).transpose(1, 2)  # [K, t * G, n]
-    scores = scores.unflatten(1, (-1, group)) * scale
-    weights, lse = _softmax(scores, visible[:, None])
-    o = weights.to(v.dtype).flatten(1, 2) @ values
-    o = o.unflatten(1, (-1, group)).transpose(0, 1)  # [t, K, G, D]
-    return o.flatten(1, 2), lse.transpose(0, 1).flatten(1)
+    scores = _masked(scores.unflatten(1, (-1, group)) * scale, visible[:, None])
+    o = _softmax(scores, visible[:, None]).to(v.dtype).flatten(1, 2) @ values
+    o = o.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)  # from [t, K, G, D]
+    if not with_lse:
+        return o
+    lse = scores.logsumexp(-1).masked_fill(~visible.any(-1)[:, None], torch.inf)  # [K, t, G]
+    return o, lse.transpose(0, 1).flatten(1)
 
 
 def _softmax_attention(q, k, v, visible, scale):
     """q [t, K, G, D] over each query's own keys k, v [t, K, n, D] where visible [t, K, n]."""
-    scores = (q @ k.to(_exact(k)).transpose(2, 3)) * scale
-    weights, lse = _softmax(scores, visible.unsqueeze(2))
-    return weights.to(v.dtype) @ v, lse
+    visible = visible.unsqueeze(2)
+    scores = _masked((q @ k.to(_exact(k)).transpose(2, 3)) * scale, visible)
+    return _softmax(scores, visible).to(v.dtype) @ v
+
+
+def _masked(scores, visible):
+    # The lowest finite number, not -inf, keeps a row without keys (and its gradient) free of NaN.
+    return scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
 
 
 def _softmax(scores, visible):
-    """Probabilities over the visible keys, zero in a row that sees none; lse is +inf there."""
-    sees_any = visible.any(-1, keepdim=True)
-    # The lowest finite number, not -inf, keeps a row without keys (and its gradient) free of NaN.
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    """Probabilities from masked scores, zero in a row that sees no key."""
     weights = scores.softmax(-1) if scores.shape[-1] else scores
-    lse = scores.logsumexp(-1).masked_fill(~sees_any.squeeze(-1), torch.inf)
-    return weights * sees_any, lse
+    return weights * visible.any(-1, keepdim=True)
 
 
 def _grouped(q, group):
