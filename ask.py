@@ -131,6 +131,7 @@ class Conversation:
             videos=[part["video"] for part in content if part["type"] == "video"] or None,
             return_tensors="pt",
             videos_kwargs={"stream": True, "progress": True, **self.limits},
+            text_kwargs={"verbose": False},  # `load_model` says it when the prompt is too long
         )
         # Those of the new turn only; the model makes its own.
         record["vision_tokens"] = vision = int((inputs.pop("mm_token_type_ids") > 0).sum())

@@ -63,6 +63,18 @@ def test_it_answers_from_a_shell(folder):
     )
 
 
+def test_a_prompt_longer_than_the_model_was_made_for_is_answered_with_one_notice(folder):
+    done = subprocess.run(
+        [sys.executable, ROOT / "ask.py", "five.mp4", "Hm? " * 1100, "--max-new-tokens", "1"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("ask.py: notice: the model was made for 4,096 tokens;")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_ctrl_c_ends_it_at_once(folder):
     command = [sys.executable, "-u", ROOT / "ask.py", "five.mp4", "What?", "--fps", "10"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
