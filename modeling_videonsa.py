@@ -189,7 +189,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = (rotary(x, *position_embeddings) for x in (query, key))
         if cache is not None:
-            # Contiguous, because a cache that grows copies other views at a fifth of the speed.
+            # Contiguous, because a cache that grows copies other views at a quarter of the speed.
             key, value = cache.update(key.contiguous(), value.contiguous(), self.layer_idx)
         if query.shape[2] != nsa_plan.num_queries or key.shape[2] < nsa_plan.num_keys:
             raise ValueError(
