@@ -5,8 +5,9 @@ Shapes: T tokens, H query heads, K key/value heads, G = H // K, D head size, B b
 Row numbers: query row t * H + h, key row t * K + kv_head, in int64 before they are multiplied.
 Tiles: a tile never crosses samples (`locate`), so a sample's results do not depend on the others.
 Softmax: base 2. `scale` is log2(e) times the scale of the scores, every lse a base-2 logarithm.
-Lengths stay run-time values that never specialise, so no new length compiles anything, and no
-length is read back to the host: grids are upper bounds, and the programs past the end return.
+Lengths stay run-time values that never specialise, so no new length compiles anything (but for the
+choice of blocks, once for each doubling of the longest), and no length is read back to the host:
+grids are upper bounds, and the programs past the end return.
 """
 
 from typing import NamedTuple
