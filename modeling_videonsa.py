@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     Qwen2_5_VLForConditionalGeneration,
@@ -693,6 +694,18 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             return model_kwargs
         return super()._maybe_prepare_encoder_kwargs_for_generation(
             inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
+        """The library's mask for a static cache, of one new token; more keep theirs of padding.
+
+        Theirs would have all pairs of tokens, and vision needs none of it.
+        """
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask
+        return create_masks_for_generate(
+            config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
         )
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):

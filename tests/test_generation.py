@@ -109,6 +109,22 @@ def test_caches_and_chunks_generate_the_same(model, prompts, rows, options, padd
     torch.testing.assert_close(logits, expected_logits, **CLOSE)
 
 
+@pytest.mark.parametrize("size", [None, 7])
+def test_a_static_cache_makes_no_mask_of_all_pairs(model, prompts, rows, size):
+    masks = []
+    hook = model.model.register_forward_pre_hook(
+        lambda model, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    try:
+        inputs = prompts.batch(*rows)
+        generate(model, inputs, cache_implementation="static", prefill_chunk_size=size)
+    finally:
+        hook.remove()
+    assert torch.equal(masks[0], inputs["attention_mask"])
+    full = [mask["full_attention"] if isinstance(mask, dict) else mask for mask in masks[1:]]
+    assert full and all(mask.ndim == 4 and mask.shape[2] == 1 for mask in full)
+
+
 def test_long_prompts_are_encoded_and_read_in_chunks_by_themselves(
     model, prompts, rows, monkeypatch
 ):
