@@ -132,9 +132,10 @@ class NSAState:
     def until(self, length, valid=None):
         """The state of exactly the first `length` tokens; valid bool [B, >= length] or None."""
         known = min(length, self.vision.shape[1])
-        text = torch.ones_like(self.vision[:, :1]).expand(-1, length - known)
+        text = self.vision.new_ones(len(self.vision), length - known)
         text = text if valid is None else valid[:, known:length]
-        last = self.reach[:, known - 1 : known] if known else -torch.ones_like(self.reach[:, :1])
+        nowhere = self.reach.new_full((len(self.reach), 1), -1)
+        last = self.reach[:, known - 1 : known] if known else nowhere
         return NSAState(
             torch.cat([self.vision[:, :known], torch.zeros_like(text)], dim=1),
             torch.cat([self.reach[:, :known], last + text.long().cumsum(1)], dim=1),
@@ -365,14 +366,16 @@ class VideoNSAModel(Qwen2_5_VLModel):
             result is that of one pass; the hidden states returned are the last chunk's.
         """
         cache = _cache(kwargs)
+        tokens = inputs_embeds if input_ids is None else input_ids
         length = 0 if cache is None else cache.get_seq_length()
+        if tokens.shape[1] > 1 and not torch.compiler.is_compiling():
+            length = int(length)  # a static cache counts on the device, which may take its time
         state = getattr(cache, "nsa_state", None)
         if isinstance(length, int) and state is not None and length < state.vision.shape[1]:
-            # The cache was cropped into what the state describes.
+            # The cache was cropped into what the state describes, or reset.
             state = cache.nsa_state = state.until(length) if length else None
 
         vision = self._vision_tokens(input_ids, inputs_embeds, mm_token_type_ids, kwargs)
-        tokens = inputs_embeds if input_ids is None else input_ids
         if vision is not None or (position_ids is None and state is not None):
             length = int(length)
             valid = _valid_tokens(attention_mask, length + tokens.shape[1])
@@ -668,6 +671,8 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         input_ids = model_kwargs.get("input_ids")
         if input_ids is None and inputs_tensor.ndim == 2:
             input_ids = inputs_tensor
+        if input_ids is not None and not input_ids.shape[1]:
+            input_ids = None  # embeddings alone: their positions are those of text, as in stock
         cache = _cache(model_kwargs)
         length = 0 if cache is None else int(cache.get_seq_length())
         new = text.shape[1] - length
@@ -798,6 +803,11 @@ def _keep_media(kwargs, modality, keep, patches):
     if not keep.any():
         del kwargs[pixels], kwargs[grid]
         return
+    if not torch.is_tensor(kwargs[pixels]):
+        raise ValueError(
+            f"{pixels} is a stream of all {modality}s of the conversation, and the cache has some "
+            "of them. Make a stream of the new turn's alone, or a tensor (without stream=True)."
+        )
     rows = keep.repeat_interleave(patches.to(keep.device))
     kwargs[pixels] = kwargs[pixels][rows.to(kwargs[pixels].device)]
     kwargs[grid] = kwargs[grid][keep.to(kwargs[grid].device)]

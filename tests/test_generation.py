@@ -56,6 +56,11 @@ def generate(model, inputs, **options):
     return outputs.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(outputs.logits, 1)
 
 
+def conversation_of(rows, turns):
+    """Each row followed by its turn."""
+    return [(a + b, media + new) for (a, media), (b, new) in zip(rows, turns, strict=True)]
+
+
 def conversation(prompts, *turns):
     """Rows of a growing conversation: after turn 1, after turns 1 and 2, ..."""
     ids, media, grown = [], [], []
@@ -216,6 +221,50 @@ def test_a_text_turn_on_a_filled_cache(model, prompts):
         new = {"input_ids": torch.tensor([twice[0][len(once[0]) :]])}
         actual = model(**new, **as_input(cache)).logits[:, -1]
     torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("second", [(4,), (2, ("video", 3, 2, 2), 3)], ids=["text", "video"])
+def test_turns_after_a_text_only_first_turn(model, prompts, second, kind):
+    config = model.config.text_config
+    cache = DynamicCache(config=config)
+    if kind == "static":
+        cache = StaticCache(config=config, max_cache_len=128)
+    rows = [prompts.row(9), prompts.row(6)]
+    inputs = prompts.batch(*rows)
+    answers, _ = generate(model, inputs, **as_input(cache), max_new_tokens=5)
+    rows = [(ids + new.tolist(), []) for (ids, _), new in zip(rows, answers, strict=True)]
+    rows = conversation_of(rows, [prompts.row(*second) for _ in rows])
+    inputs = prompts.batch(*rows)
+    expected_tokens, expected_logits = generate(model, inputs)
+    tokens, logits = generate(model, inputs, **as_input(cache))
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logits, expected_logits, **CLOSE)
+
+
+def test_an_emptied_cache_has_forgotten_its_videos(model, prompts):
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    text, token = prompts.batch(prompts.row(9)), torch.tensor([[7]])
+    with torch.no_grad():
+        model(**prompts.batch(prompts.row(3, ("video", 6, 2, 2), 8)), **as_input(cache))
+        cache.reset()
+        model(**text, **as_input(cache))
+        actual = model(input_ids=token, **as_input(cache)).logits[:, -1]
+        whole = torch.cat([text["input_ids"], token], dim=1)
+        expected = model(input_ids=whole).logits[:, -1]
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("size", [None, 7])
+def test_embeddings_alone_generate_as_one_call_reads_them(model, prompts, size):
+    """Their positions are those of text, as in stock."""
+    inputs = prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5))
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    with torch.no_grad():
+        expected = model(**inputs).logits[:, -1]
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    outputs = model.generate(**inputs, **GREEDY, **options, prefill_chunk_size=size)
+    torch.testing.assert_close(outputs.logits[0], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("given", ["everything", "new media", "new tokens"])
