@@ -512,15 +512,16 @@ class PixelStream:
     """
 
     def __init__(self, groups, shape, dtype, overlap, groups_ahead):
-        """groups: a function of an event that yields rows, in order, until the event is set."""
+        """groups: a generator function of an event, yields rows in order until it is set."""
         self.shape, self.dtype, self.overlap = tuple(shape), dtype, overlap
         self._kept = []  # pairs (number of the first row, rows) of what may still be asked for
         self._decoded = self._read = 0  # rows
         self._ready, stop = queue.Queue(groups_ahead), threading.Event()
+        groups = groups(stop)
         self._thread = threading.Thread(
             target=_decode_groups, args=(groups, self._ready, stop), name="PixelStream", daemon=True
         )
-        self._stop = weakref.finalize(self, _stop_decoding, self._thread, self._ready, stop)
+        self._stop = weakref.finalize(self, _stop_decoding, self._thread, groups, self._ready, stop)
 
     def __enter__(self):
         return self
@@ -604,7 +605,7 @@ class PixelStream:
 def _decode_groups(groups, ready, stop):
     """Puts the groups of rows into the queue `ready`, and the error that ended them, if any."""
     try:
-        for group in groups(stop):
+        for group in groups:
             _put(group, ready, stop)
     except BaseException as error:  # raised again by the reader
         _put(error, ready, stop)
@@ -618,8 +619,10 @@ def _put(item, ready, stop):
             pass
 
 
-def _stop_decoding(thread, ready, stop):
+def _stop_decoding(thread, groups, ready, stop):
     stop.set()
+    if thread.ident is None:
+        groups.close()  # closes the files, which at the interpreter's end would be too late
     while not ready.empty():
         ready.get_nowait()
     # A frame that is being decoded is waited for, an address that does not answer is not.

@@ -3,6 +3,7 @@
 import _thread
 import copy
 import gc
+import subprocess
 import sys
 import threading
 import time
@@ -240,6 +241,19 @@ def test_the_end_of_a_stream(processor, folder, small_steps):
     assert len(stream[len(stream) - 60 :]) == 60  # what was read last is there to its end
 
 
+@pytest.mark.parametrize("then", ["", "stream.close()", "stream[0:8]"])
+def test_a_process_ends_quietly_with_a_stream(folder, then):
+    script = f"""
+from transformers import AutoProcessor
+processor = AutoProcessor.from_pretrained({str(ROOT)!r}, trust_remote_code=True)
+out = processor.video_processor([{str(folder / "long.mp4")!r}], stream=True, return_tensors="pt")
+stream = out["pixel_values_videos"]
+{then}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_error_in_the_thread_reaches_the_reader(processor, folder, small_steps):
     path = str(clips.with_a_hole(folder, "hole.mp4", 0.7, 1.0))
     with pytest.raises(ValueError) as whole:
@@ -336,6 +350,23 @@ def test_the_model_reads_a_stream_as_it_reads_a_tensor(processor, folder, chunk,
     assert torch.equal(tensor["sequences"], streamed["sequences"])
     for one, other in zip(tensor["logits"], streamed["logits"], strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+def test_a_stream_of_what_the_cache_has_is_refused(processor, folder):
+    model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True)
+    turn = {"role": "user", "content": [{"type": "video", "video": str(folder / "plain.mp4")}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    first, both = (
+        processor.apply_chat_template(turns, **options, processor_kwargs={"stream": True})
+        for turns in ([turn], [turn, answer, turn])
+    )
+    call = {"max_new_tokens": 1, "return_dict_in_generate": True}
+    out = model.generate(**first, **call)
+    cache = {name: out[name] for name in ("cache", "past_key_values") if name in out}
+    with pytest.raises(ValueError, match="the cache has some of them"):
+        model.generate(**both, **call, **cache)
+    both["pixel_values_videos"].close()
 
 
 def take_samples(processor, videos, samples, **kwargs):
