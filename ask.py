@@ -13,6 +13,7 @@ model runs, then streams the answer. Videos are decoded while the model reads th
 import argparse
 import gc
 import json
+import math
 import mimetypes
 import os
 import re
@@ -91,15 +92,17 @@ class TooLarge(ValueError):
 class Conversation:
     """Turns of one conversation, answered on one cache.
 
-    load_model: loads the model for a prompt of so many tokens.
+    load_model: loads the model.  longest: tokens that it was made for.
     foresee: the `Forecast` of a prompt from its tokens, vision tokens and the answer's tokens.
     limits: what is taken of every video, as `plan_video` of the processor names it.
     max_tokens: vision tokens that one turn may bring.
     """
 
-    def __init__(self, processor, load_model, foresee, limits, max_tokens, max_new_tokens, stream):
+    def __init__(
+        self, processor, load_model, longest, foresee, limits, max_tokens, max_new_tokens, stream
+    ):
         self.processor, self.load_model, self.model = processor, load_model, None
-        self.foresee = foresee
+        self.longest, self.foresee = longest, foresee
         self.limits, self.max_tokens, self.stream = limits, max_tokens, stream
         self.generation = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
         self.sequence = None  # ids [1, length] of all turns so far
@@ -131,7 +134,7 @@ class Conversation:
             videos=[part["video"] for part in content if part["type"] == "video"] or None,
             return_tensors="pt",
             videos_kwargs={"stream": True, "progress": True, **self.limits},
-            text_kwargs={"verbose": False},  # `load_model` says it when the prompt is too long
+            text_kwargs={"verbose": False},  # the notice below says it when that is too long
         )
         # Those of the new turn only; the model makes its own.
         record["vision_tokens"] = vision = int((inputs.pop("mm_token_type_ids") > 0).sum())
@@ -147,6 +150,13 @@ class Conversation:
         if expected.fits is False and expected.peak > MARGIN * expected.available:
             raise TooLarge(too_large("this does not fit", expected, frames))
 
+        if prompt > self.longest:
+            print(
+                f"ask.py: notice: the model was made for {self.longest:,} tokens; --max-tokens "
+                "takes less of the videos",
+                file=sys.stderr,
+            )
+            self.longest = math.inf  # said once
         start = time.monotonic()
         output = self.generate(inputs, prompt)
         if output is None:
@@ -171,7 +181,7 @@ class Conversation:
         pixels, output = inputs.get("pixel_values_videos"), None
         try:
             if self.model is None:
-                self.model = self.load_model(prompt)
+                self.model = self.load_model()
             output = self.model.generate(
                 **inputs.to(self.model.device),
                 **self.cache,
@@ -253,7 +263,7 @@ def image_size(processor, image):
 
 
 def loader(options):
-    """`load_model` and `foresee` of a conversation."""
+    """`load_model`, `longest` and `foresee` of a conversation."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "auto":
         try:
@@ -278,13 +288,7 @@ def loader(options):
             config, prompt, vision_tokens=vision, new_tokens=new, dtype=dtype, device=where
         )
 
-    def load(prompt):
-        if prompt > text.max_position_embeddings:
-            print(
-                f"ask.py: notice: the model was made for {text.max_position_embeddings:,} tokens; "
-                "--max-tokens takes less of the videos",
-                file=sys.stderr,
-            )
+    def load():
         return AutoModelForImageTextToText.from_pretrained(
             options.model,
             config=config,
@@ -293,7 +297,7 @@ def loader(options):
             device_map=device,
         )
 
-    return load, foresee
+    return load, text.max_position_embeddings, foresee
 
 
 def questions():
@@ -306,8 +310,11 @@ def questions():
         if not line:
             return
         command, _, rest = line.strip().partition(" ")
-        if command in ("/video", "/image") and rest:
-            files.append(rest.strip())
+        if command in ("/video", "/image"):
+            if rest.strip():
+                files.append(rest.strip())
+            else:
+                print(f"ask.py: give a path after {command}", file=sys.stderr)
         elif command:
             yield files, line.strip()
             files = []

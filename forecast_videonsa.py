@@ -29,6 +29,7 @@ VISION_CHUNK_TOKENS = 8192
 # ... of which each patch takes so many activations of each size while a block runs, and its
 # pixels in float32 and once more in the tower's dtype.
 VISION_HIDDEN_ROWS, VISION_INTERMEDIATE_ROWS = 6, 3
+NOTHING_FITS = "not even the weights, a short prompt and the answer fit: use more memory"
 # Layers whose keys and values are there twice: while one grows, and gathered for the branches.
 COPIED_LAYERS = 2
 
@@ -85,8 +86,8 @@ class Forecast:
         if self.fits is not False:
             return ""
         ways, vision = [], self.fitting_vision_tokens
-        if vision and self.vision_tokens:
-            share = vision / self.vision_tokens
+        share = vision / self.vision_tokens if self.vision_tokens else 0
+        if share >= 0.01 and (not frames or int(frames * share) >= 2):
             fewer = f"at most {vision:,} vision tokens fit"
             if frames:
                 fewer += f": {int(frames * share)} of the {frames} frames"
@@ -95,7 +96,7 @@ class Forecast:
             ways.append(f"at most {self.fitting_tokens:,} tokens fit")
         if self.offloaded:
             ways.append('generate(..., cache_implementation="offloaded") keeps the cache off it')
-        return "; ".join(ways) or "not even the weights and a short prompt fit: use more memory"
+        return "; ".join(ways) or NOTHING_FITS
 
 
 def forecast(

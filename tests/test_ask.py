@@ -162,6 +162,22 @@ def test_a_conversation(ask, folder, monkeypatch, capsys):
     assert error == "ask.py: there is no file nowhere.mp4\n"
 
 
+def test_later_questions_have_their_notices(ask, folder, monkeypatch, capsys):
+    config = ask.AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    config.text_config.max_position_embeddings = 130
+    monkeypatch.setattr(ask.AutoConfig, "from_pretrained", lambda *args, **kwargs: config)
+    lines = "/video\n" + "Hm? " * 20 + "\nAnd?"
+    options = ["--interactive", "--json", "--max-new-tokens", 2]
+    run(ask, monkeypatch, folder / "five.mp4", "What is shown?", *options, lines=lines)
+    out, error = capsys.readouterr()
+    lengths = [json.loads(line)["prompt_tokens"] for line in out.splitlines()]
+    assert len(lengths) == 3 and lengths[0] <= 130 < lengths[1]
+    assert error.splitlines() == [
+        "ask.py: give a path after /video",
+        "ask.py: notice: the model was made for 130 tokens; --max-tokens takes less of the videos",
+    ]
+
+
 def test_a_conversation_without_a_first_question(ask, folder, monkeypatch, capsys):
     run(ask, monkeypatch, folder / "five.mp4", "--interactive", "--max-new-tokens", 2, lines="Hm?")
     assert "five.mp4: 5 s at 2 fps = 10 frames" in capsys.readouterr().out
@@ -174,7 +190,7 @@ def conversation(ask, processor, model, answer_length, available=None):
         )
 
     return ask.Conversation(
-        processor, lambda prompt: model, foresee, {}, None, answer_length, stream=False
+        processor, lambda: model, 10**6, foresee, {}, None, answer_length, stream=False
     )
 
 
