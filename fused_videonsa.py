@@ -2,7 +2,8 @@
 
 Every function equals Qwen2.5-VL's own expression, rounding for rounding. On CUDA with Triton they
 are kernels; elsewhere, for other dtypes, for few tokens, whose time is that of the launches, and
-under torch.compile, which fuses by itself, they are that expression in plain PyTorch.
+under torch.compile, which fuses by itself, they are that expression in plain PyTorch (but for
+RMSNorm of few tokens on CUDA, where torch has a kernel of its own).
 
 Shapes: D features, I intermediate features, H heads. One row is [D], [I] or a token's [H, D].
 Numbers: statistics and products in float32, row numbers in int64, rows on grid axis 0.
@@ -39,7 +40,7 @@ def rms_norm(x, weight, eps):
     """
     if _runs_fused(x, weight) and x.shape[-1] <= MAX_FEATURES:
         return _apply(_RMSNorm, x, weight, eps)
-    if x.is_cuda and not torch.compiler.is_compiling():
+    if x.is_cuda and x.dtype in FUSED_DTYPES and not torch.compiler.is_compiling():
         return weight * nn.functional.rms_norm(x, x.shape[-1:], eps=eps).to(x.dtype)
     normed = x.float()
     normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
