@@ -394,6 +394,9 @@ class VideoNSAModel(Qwen2_5_VLModel):
             reach = position_ids[-3:].amax(0) if position_ids.ndim == 3 else position_ids
             state = state.followed_by(vision, reach.expand(len(vision), -1))
             kwargs["nsa_vision"] = state.vision
+            if cache is not None:
+                # Before the cache is filled: an interrupted call leaves a part of it, which counts.
+                cache.nsa_state = state
 
         call = {
             "input_ids": input_ids,

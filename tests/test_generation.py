@@ -242,6 +242,27 @@ def test_turns_after_a_text_only_first_turn(model, prompts, second, kind):
     torch.testing.assert_close(logits, expected_logits, **CLOSE)
 
 
+def test_an_interrupted_prefill_leaves_a_cache_that_knows_its_video(model, prompts):
+    ids, media = prompts.row(2, ("video", 2, 2, 2), 20)  # the video is in the first two chunks
+    cache, calls = DynamicCache(config=model.config.text_config), []
+
+    def interrupt(layer, args):
+        calls.append(layer)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, prompts.batch((ids, media)), **as_input(cache), prefill_chunk_size=7)
+    finally:
+        hook.remove()
+    new, _ = prompts.row(5)
+    expected = last_logits(model, prompts.batch((ids[:14] + new, media)))
+    actual = last_logits(model, {"input_ids": torch.tensor([new])}, **as_input(cache))
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
 def test_an_emptied_cache_has_forgotten_its_videos(model, prompts):
     cache = StaticCache(config=model.config.text_config, max_cache_len=64)
     text, token = prompts.batch(prompts.row(9)), torch.tensor([[7]])
