@@ -29,7 +29,6 @@ VISION_CHUNK_TOKENS = 8192
 # ... of which each patch takes so many activations of each size while a block runs, and its
 # pixels in float32 and once more in the tower's dtype.
 VISION_HIDDEN_ROWS, VISION_INTERMEDIATE_ROWS = 6, 3
-NOTHING_FITS = "not even the weights, a short prompt and the answer fit: use more memory"
 # Layers whose keys and values are there twice: while one grows, and gathered for the branches.
 COPIED_LAYERS = 2
 
@@ -96,7 +95,9 @@ class Forecast:
             ways.append(f"at most {self.fitting_tokens:,} tokens fit")
         if self.offloaded:
             ways.append('generate(..., cache_implementation="offloaded") keeps the cache off it')
-        return "; ".join(ways) or NOTHING_FITS
+        if not ways:
+            return "not even the weights, a short prompt and the answer fit: use more memory"
+        return "; ".join(ways)
 
 
 def forecast(

@@ -706,9 +706,10 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
-        """The library's mask for a static cache, of one new token; more keep theirs of padding.
+        """The mask that `generate` lays out for a static cache: the library's, for one new token.
 
-        Theirs would have all pairs of tokens, and vision needs none of it.
+        A prompt keeps its padding mask [B, L]: one of all pairs of its tokens would be enormous,
+        vision needs none, and text lays out its own, a chunk at a time.
         """
         if inputs_embeds.shape[1] > 1:
             return attention_mask

@@ -290,7 +290,10 @@ def _largest(importance, count):
 
 
 def _attend(q, k, v, visible, scale, with_lse=False):
-    """q [t, H, D] over shared keys k, v [n, K, D] where visible [t, n]: o [t, H, D], lse [t, H]."""
+    """q [t, H, D] over shared keys k, v [n, K, D] where visible [t, n].
+
+    Returns o [t, H, D], and where it is asked for lse [t, H], +inf in a row that sees no key.
+    """
     group = q.shape[1] // k.shape[1]
     keys, values = k.transpose(0, 1), v.transpose(0, 1)  # [K, n, D], the same for every query
     grouped = _grouped(q, group).transpose(0, 1)  # [K, t, G, D]

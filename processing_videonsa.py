@@ -512,7 +512,7 @@ class PixelStream:
     """
 
     def __init__(self, groups, shape, dtype, overlap, groups_ahead):
-        """groups: a generator function of an event, yields rows in order until it is set."""
+        """groups: a generator function of an event; it yields rows, in order, until that is set."""
         self.shape, self.dtype, self.overlap = tuple(shape), dtype, overlap
         self._kept = []  # pairs (number of the first row, rows) of what may still be asked for
         self._decoded = self._read = 0  # rows

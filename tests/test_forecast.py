@@ -101,14 +101,9 @@ def test_what_would_fit_does_and_a_little_more_does_not():
     none = forecast(config, 1000, vision_tokens=500, available=GIB)
     assert none.fitting_tokens == 0 and none.offloaded is False
     assert none.remedies(8).startswith("not even the weights, a short prompt and the answer fit")
-    little = next(
-        case
-        for case in (
-            forecast(config, 60000, vision_tokens=59500, available=(18 + part / 100) * GIB)
-            for part in range(-186, 0)
-        )
-        if case.fitting_vision_tokens
-    )
+    sizes = (part * GIB / 100 for part in range(1600, 1800))
+    runs = (forecast(config, 60000, vision_tokens=59500, available=size) for size in sizes)
+    little = next(run for run in runs if run.fitting_vision_tokens)
     assert little.remedies(100).startswith(f"at most {little.fitting_tokens:,} tokens fit")
     text_only = forecast(config, 10**6, available=40 * GIB)
     assert text_only.remedies().startswith(f"at most {text_only.fitting_tokens:,} tokens fit;")
