@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.image_utils import load_image
 from transformers.utils import logging
 
-from forecast_videonsa import forecast
+from commands.forecast import forecast
 
 ANSWER = "<answer>"  # stands for an earlier answer where a template is rendered around it
 MARGIN = 1.1  # a forecast this much above the memory there is does not fit for sure

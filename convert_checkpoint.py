@@ -47,11 +47,6 @@ CODE_FILES = (
     "nsa_kernels_selected.py",
     "nsa_kernels_window.py",
     "processing_videonsa.py",
-    "forecast_videonsa.py",
-    "ask.py",
-    "finetune.py",
-    "finetuning_data.py",
-    "convert_checkpoint.py",
     "requirements.txt",
 )
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")

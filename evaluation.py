@@ -29,8 +29,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from evaluation_attention import BRANCHES, Witness, check, make_dense
-from evaluation_manifest import (
+from commands.evaluation_attention import BRANCHES, Witness, check, make_dense
+from commands.evaluation_manifest import (
     code_digest,
     compare,
     describe_medium,

@@ -9,10 +9,10 @@ are all of the Trainer's (--per_device_train_batch_size, --gradient_accumulation
 --gradient_checkpointing, --report_to, --push_to_hub, ...).
 
 --data takes .json, .jsonl and .parquet files, folders and ids on the Hub; "name%50" takes a random
-half of one; finetuning_data.py describes the layouts. Paths of media start from the folder of their
-file, or from --data_root. Media that cannot be read are skipped; those and conversations that gave
-up frames for --max_tokens are listed in data_report.jsonl in the output folder. --dry_run goes
-through the data, says what training on it would take, and trains nothing.
+half of one; commands/finetuning_data.py describes the layouts. Paths of media start from the folder
+of their file, or from --data_root. Media that cannot be read are skipped; those and conversations
+that gave up frames for --max_tokens are listed in data_report.jsonl in the output folder. --dry_run
+goes through the data, says what training on it would take, and trains nothing.
 
 --train names what trains: vision (the tower), merger, llm, gates. With --lora_r, vision and llm get
 adapters, and merger and gates train whole beside them. What trains is kept in float32; the rest is
@@ -49,7 +49,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from finetuning_data import Collator, Conversations
+from commands.finetuning_data import Collator, Conversations
 
 logger = transformers.utils.logging.get_logger("finetune")
 

@@ -19,7 +19,6 @@ need flash-attn. It computes its own choice.
 import argparse
 import functools
 import sys
-import types
 from pathlib import Path
 
 import torch
@@ -27,12 +26,10 @@ import torch.nn.functional as F
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-package = types.ModuleType("videonsa")
-package.__path__ = [str(Path(__file__).parents[1])]
-sys.modules["videonsa"] = package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from videonsa.nsa_kernels_choice import choose_blocks  # noqa: E402
 
 from videonsa import nsa_kernels  # noqa: E402
-from videonsa.nsa_kernels_choice import choose_blocks  # noqa: E402
 
 BLOCK, SELECTED, WINDOW = 64, 32, 256
 NEIGHBOURS = 18

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import train_tiny  # noqa: E402
-
 from convert_checkpoint import convert  # noqa: E402
 
 SECONDS = 16  # 32 frames

@@ -18,21 +18,18 @@ import argparse
 import gc
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-ROOT = Path(__file__).parents[1]
-package = types.ModuleType("videonsa")
-package.__path__ = [str(ROOT)]
-sys.modules["videonsa"] = package
-
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from videonsa.configuration_videonsa import VideoNSAConfig  # noqa: E402
-from videonsa.forecast_videonsa import forecast  # noqa: E402
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration  # noqa: E402
+
+from commands.forecast import forecast  # noqa: E402
 
 GRID = 16, 32  # patches of a frame: 128 tokens for two frames
 STEP = GRID[0] * GRID[1]

@@ -1,10 +1,7 @@
-"""Makes the flat files at the root importable as the package `videonsa`, and skips GPU tests."""
+"""Keeps the tests to themselves and to one thread a worker, and skips GPU tests."""
 
 import os
-import sys
 import tempfile
-import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +17,6 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 modules_cache = tempfile.TemporaryDirectory(prefix="videonsa-modules-")
 os.environ["HF_MODULES_CACHE"] = modules_cache.name
-
-ROOT = Path(__file__).parents[1]
-
-package = types.ModuleType("videonsa")
-package.__path__ = [str(ROOT)]
-sys.modules["videonsa"] = package
 
 
 def pytest_collection_modifyitems(items):

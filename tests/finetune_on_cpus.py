@@ -7,12 +7,13 @@ Runs with --fsdp are sharded, where accelerate would fall back to replicas on CP
 
 import json
 import sys
-from pathlib import Path
 
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from paths import ROOT
+
+sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
 

@@ -12,15 +12,14 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from test_video_reading import ROOT
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import clips
+from paths import ROOT
 
 
 @pytest.fixture(scope="module")
 def ask():
-    sys.path.insert(0, str(ROOT))  # where a script finds the files beside it
     spec = importlib.util.spec_from_file_location("ask", ROOT / "ask.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -3,7 +3,6 @@
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
-
 from videonsa.configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 
 

@@ -20,10 +20,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from videonsa import convert_checkpoint
-from videonsa.convert_checkpoint import convert
+import convert_checkpoint
+from convert_checkpoint import convert
+from paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 HIDDEN, HEADS, LAYERS = 112, 14, 2
 GENERATION = {"eos_token_id": [1004, 1002], "repetition_penalty": 1.05, "temperature": 1e-6}
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -142,12 +142,12 @@ def load(folder):
     return model.eval()
 
 
-def run(*arguments, place=ROOT, patch="", **variables):
-    """Run the script of the folder `place` in a process of its own, `patch` before its main()."""
+def run(*arguments, patch="", **variables):
+    """Run the script in a process of its own, `patch` before its main()."""
     code = f"import sys\nimport convert_checkpoint as c\n{patch}\nsys.exit(c.main(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=place,
+        cwd=ROOT,
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
@@ -443,16 +443,14 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert grown < 60e6  # a shard is 20 MB
 
 
-def test_a_hub_id_is_read_from_the_offline_cache_by_a_converted_folder(tmp_path):
+def test_a_hub_id_is_read_from_the_offline_cache_(tmp_path):
     snapshot = tmp_path / "hub/models--org--tiny/snapshots/0123abc"
     write_source(snapshot)
     (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: qwen\n---\n# Tiny\n")
     (snapshot / "LICENSE").write_text("terms")
     (tmp_path / "hub/models--org--tiny/refs").mkdir()
     (tmp_path / "hub/models--org--tiny/refs/main").write_text("0123abc")
-    first = tmp_path / "first"
-    convert(snapshot, first)  # its own copy of the script is the one that runs here
-    result = run("org/tiny", tmp_path / "out", place=first, HF_HUB_CACHE=str(tmp_path / "hub"))
+    result = run("org/tiny", tmp_path / "out", HF_HUB_CACHE=str(tmp_path / "hub"))
     assert result.returncode == 0, result.stderr
     assert "added 8 (even gates), missing 0, unexpected 0" in result.stdout
     card = (tmp_path / "out/README.md").read_text()

@@ -13,14 +13,12 @@ import pytest
 
 pytest.importorskip("lmms_eval", reason="needs requirements-eval.txt")
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # where a script finds the files beside it
 from lmms_eval.tasks import TaskManager, get_task_dict  # noqa: E402
 
-import evaluation  # noqa: E402
-from evaluation_attention import WrongAttention  # noqa: E402
-
 import clips  # noqa: E402
+import evaluation  # noqa: E402
+from commands.evaluation_attention import WrongAttention  # noqa: E402
+from paths import ROOT
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,12 +1,8 @@
 """Answers are read as people write them, and what cannot be read is not guessed."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where a script finds the files beside it
-from evaluation_answers import options_of, plain, read_answer, right_letter  # noqa: E402
+from commands.evaluation_answers import options_of, plain, read_answer, right_letter
 
 COLOURS = {"A": "a red car", "B": "red", "C": "red, blue", "D": "a dog"}
 

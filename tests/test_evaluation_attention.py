@@ -1,14 +1,10 @@
 """The witness counts what the sparse attention computes, not what a configuration promises."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from tiny import Prompts, make_model
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where a script finds the files beside it
-from evaluation_attention import BRANCHES, Witness, WrongAttention, check, make_dense  # noqa: E402
+from commands.evaluation_attention import BRANCHES, Witness, WrongAttention, check, make_dense
+from tiny import Prompts, make_model
 
 VISION = [24, 15, 0]  # vision tokens of the rows below
 

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
@@ -18,20 +17,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import clips
-
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-import make_clips  # noqa: E402
-
-import finetune  # noqa: E402
-from finetuning_data import (  # noqa: E402
+import finetune
+import make_clips
+import tiny
+from commands.finetuning_data import (
     Collator,
     Conversations,
     key_visits,
     read_set,
     to_messages,
 )
+from paths import ROOT
 
 ROW = {
     "video": "videos/000000.mp4",

@@ -1,17 +1,16 @@
 """The forecast of a run: exact where it can be, and what it says when a run does not fit."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
-
 from videonsa.configuration_videonsa import VideoNSAConfig
-from videonsa.forecast_videonsa import GIB, cache_bytes, count_parameters, forecast
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
-ROOT = Path(__file__).parents[1]
+from commands.forecast import GIB, cache_bytes, count_parameters, forecast
+from paths import ROOT
+
 VISION_7B = {"hidden_size": 1280, "out_hidden_size": 3584, "intermediate_size": 3420, "depth": 32}
 TEXT_3B = {
     "hidden_size": 2048,

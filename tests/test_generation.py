@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
-from tiny import VIDEO, Prompts, make_model, stock_twin
 from transformers import DynamicCache, StaticCache
+
+from tiny import VIDEO, Prompts, make_model, stock_twin
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}
 # A random model must not write placeholders: fed back with its media, they would stand for more.

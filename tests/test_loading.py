@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import publish  # noqa: E402
+import publish
+from paths import ROOT
 
 PREFIXES = ("configuration_", "fused_", "modeling_", "nsa_", "processing_", "vision_")
 MODEL_FILES = sorted(path for path in ROOT.glob("*.py") if path.name.startswith(PREFIXES))

@@ -3,17 +3,15 @@
 import json
 import random
 import re
-import sys
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import make_clips  # noqa: E402
-from make_clips import COLOURS, Flash, Scene, Story  # noqa: E402
+import make_clips
+from make_clips import COLOURS, Flash, Scene, Story
+from paths import ROOT
 
 STORY = Story(
     seconds=4,
@@ -191,7 +189,7 @@ def test_frames_must_come_in_pairs(tmp_path):
 
 
 def test_the_bundled_clips_are_the_ones_that_their_readme_says(tmp_path):
-    bundle = Path(__file__).parents[1] / "examples" / "clips"
+    bundle = ROOT / "examples" / "clips"
     (command,) = re.findall(r"make_clips\.py --out clips (.*)`", (bundle / "README.md").read_text())
     run(tmp_path, *command.split())
     for index, name in enumerate(("circle", "shapes", "digit")):

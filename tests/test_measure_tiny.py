@@ -1,18 +1,14 @@
 """What measures the tiny checkpoint asks as users do, and counts only whole answers."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+
+import make_clips
+import measure_tiny
+from paths import ROOT
 from tiny import stock_twin
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import make_clips  # noqa: E402
-import measure_tiny  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,20 @@
 
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
 import pytest
 import torch
-from tiny import GROUPS, IMAGE, VIDEO, Prompts, make_model, stock_twin
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     apply_rotary_pos_emb,
 )
-
 from videonsa.modeling_videonsa import make_plan
 from videonsa.nsa_reference import nsa_attention
+
+from paths import ROOT
+from tiny import GROUPS, IMAGE, VIDEO, Prompts, make_model, stock_twin
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
@@ -410,14 +410,15 @@ def test_the_triton_backend_equals_the_reference(prompts):
 def test_triton_on_a_cpu_is_refused():
     """The backend that was asked for runs, or nothing does; outside of Triton's interpreter."""
     script = """
-import conftest, os
+import os, sys
 os.environ.pop("TRITON_INTERPRET", None)
+sys.path[:0] = sys.argv[1:]
 from tiny import Prompts, make_model
 model, prompts = make_model(head_dim=16, nsa_block_size=8, nsa_backend="triton"), Prompts()
 model(**prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5)))
 """
-    here = Path(__file__).parent
-    run = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)
+    command = [sys.executable, "-c", script, str(ROOT / "tests"), str(ROOT / "tools")]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert "ValueError" in run.stderr and "the Triton kernels need a CUDA device" in run.stderr
 
 

@@ -10,10 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from qwen_vl_utils import process_vision_info
-from test_video_reading import ROOT, frames_of
 from transformers import AutoProcessor, AutoVideoProcessor, Qwen2_5_VLProcessor
 from transformers.utils import logging
-
 from videonsa.processing_videonsa import (
     VideoNSAProcessor,
     VideoNSAVideoProcessor,
@@ -22,6 +20,8 @@ from videonsa.processing_videonsa import (
 )
 
 import clips
+from paths import ROOT
+from test_video_reading import frames_of
 
 
 @pytest.fixture(scope="module")

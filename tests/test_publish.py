@@ -1,7 +1,6 @@
 """What goes to the Hub loads by itself, and nothing else goes."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,8 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import publish  # noqa: E402
+import publish
+from paths import ROOT
 
 
 @pytest.fixture
@@ -104,7 +102,10 @@ def require_an_absent_package(model):
         (lose_a_weight, "'missing_keys': ['model.language_model.norm.weight']"),
         (import_what_is_not_listed, "helpers"),
         (require_an_absent_package, "no_such_package"),
-        (lambda model: (model / "ask.py").unlink(), "lacks ask.py, which users of it need"),
+        (
+            lambda model: (model / "modeling_videonsa.py").unlink(),
+            "lacks modeling_videonsa.py, which users of it need",
+        ),
     ],
 )
 def test_what_does_not_load_by_itself_is_not_sent(api, model, damage, message, capsys):

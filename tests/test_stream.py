@@ -11,11 +11,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_video_reading import ROOT, count_decoded
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 import clips
+from paths import ROOT
+from test_video_reading import count_decoded
 
 
 @pytest.fixture(scope="module")

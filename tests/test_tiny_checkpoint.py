@@ -1,8 +1,6 @@
 """The tiny checkpoint at the root: its files come from a seed, and read back as what they are."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +8,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
-
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import make_tiny_checkpoint  # noqa: E402
-from make_tiny_checkpoint import ADDED, ROOT, SPECIAL, VOCABULARY  # noqa: E402
+import make_tiny_checkpoint
+from make_tiny_checkpoint import ADDED, SPECIAL, VOCABULARY
+from paths import ROOT
 
 QUESTION = {
     "role": "user",

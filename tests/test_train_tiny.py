@@ -2,18 +2,14 @@
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import train_tiny  # noqa: E402
-from make_tiny_checkpoint import ROOT  # noqa: E402
+import train_tiny
+from paths import ROOT
 
 CPU = torch.device("cpu")
 

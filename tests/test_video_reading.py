@@ -4,7 +4,6 @@ import http.server
 import importlib
 import threading
 import time
-from pathlib import Path
 
 import av
 import numpy as np
@@ -12,12 +11,11 @@ import pytest
 import torch
 from transformers import AutoProcessor
 from transformers.utils import logging
-
 from videonsa.processing_videonsa import Remeasure, VideoFile
 
 import clips
+from paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 TENTHS = [i / 10 for i in range(1000)]  # times of a clip at 10 frames a second
 
 

@@ -5,7 +5,6 @@ import itertools
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
-
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 

@@ -10,14 +10,13 @@ import argparse
 import copy
 import importlib
 import json
-import sys
-import types
 from pathlib import Path
 
-import make_clips
 import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+import make_clips
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 1024
@@ -332,11 +331,6 @@ def write_processor(out: Path):
 
 def make_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
     """Random fp16 weights from the seed, by the model's own initialisation."""
-    if "videonsa" not in sys.modules:
-        # The model's files import each other relatively: give them a package.
-        package = types.ModuleType("videonsa")
-        package.__path__ = [str(ROOT)]
-        sys.modules["videonsa"] = package
     configuration = importlib.import_module("videonsa.configuration_videonsa")
     modeling = importlib.import_module("videonsa.modeling_videonsa")
     torch.manual_seed(seed)

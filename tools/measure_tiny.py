@@ -19,12 +19,13 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
-from make_clips import KINDS, NEW_KINDS, SAMPLED_FPS
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from make_clips import KINDS, NEW_KINDS, SAMPLED_FPS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from evaluation_attention import make_dense  # noqa: E402
+from commands.evaluation_attention import make_dense  # noqa: E402
 
 
 def load(folder, attention):

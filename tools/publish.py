@@ -27,12 +27,6 @@ REQUIRED_FILES = (*CODE_FILES, "config.json", "generation_config.json", "README.
 HUB_FILES = (
     *REQUIRED_FILES,
     "LICENSE",
-    "evaluation.py",
-    "evaluation_answers.py",
-    "evaluation_attention.py",
-    "evaluation_manifest.py",
-    "requirements-eval.txt",
-    "constraints-eval.txt",
     "model.safetensors",
     "model-*.safetensors",
     "model.safetensors.index.json",

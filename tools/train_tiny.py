@@ -21,14 +21,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import make_clips
 import torch
 import torch.nn.functional as F
-from make_clips import COLOURS, DIRECTIONS, KINDS, SAMPLED_FPS, SHAPES, SIZE
-from make_tiny_checkpoint import CONFIG, ROOT, SYSTEM
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset
+
+import make_clips
+from make_clips import COLOURS, DIRECTIONS, KINDS, SAMPLED_FPS, SHAPES, SIZE
+from make_tiny_checkpoint import CONFIG, ROOT, SYSTEM
 
 TEXT, VISION = CONFIG["text_config"], CONFIG["vision_config"]
 PATCH, MERGE = VISION["patch_size"], VISION["spatial_merge_size"]

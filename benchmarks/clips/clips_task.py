@@ -30,8 +30,7 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import make_clips  # noqa: E402
-
-from evaluation_answers import plain, read_answer  # noqa: E402
+from commands.evaluation_answers import plain, read_answer  # noqa: E402
 
 KINDS = {
     "colour": "colour",

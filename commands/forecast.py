@@ -1,6 +1,8 @@
 """What a run of the model will take: tokens, GiB and whether they fit, before anything runs.
 
     from transformers import AutoConfig
+    from commands.forecast import forecast
+
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     print(forecast(config, 131072, vision_tokens=131000, device="cuda").describe())
 

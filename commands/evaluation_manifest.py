@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from evaluation_answers import options_of, read_answer, right_letter
-from evaluation_attention import BRANCHES, check
+from commands.evaluation_answers import options_of, read_answer, right_letter
+from commands.evaluation_attention import BRANCHES, check
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "lmms_eval",
     "torch",
@@ -263,13 +263,13 @@ def code_digest(*loaded):
     """A digest of the code of a loaded model and processor, as loaded, and of this script."""
     folders = {Path(inspect.getfile(type(item))).parent for item in loaded}
     files = sorted(file for folder in folders for file in folder.glob("*.py"))
-    files += sorted(HERE.glob("evaluation*.py"))
+    files += [ROOT / "evaluation.py", *sorted(ROOT.glob("commands/evaluation_*.py"))]
     return digest([(file.name, file.read_text(encoding="utf-8")) for file in files])
 
 
 def commit():
     """The commit of the repository that this script is in, with "+" where files were changed."""
-    git = ["git", "-C", str(HERE)]
+    git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
