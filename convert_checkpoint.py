@@ -30,25 +30,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
+from commands.checkpoint_files import CODE_FILES
+
 HERE = Path(__file__).resolve().parent
 
-# What every checkpoint folder carries beside its data, to load, answer and convert by itself.
-CODE_FILES = (
-    "configuration_videonsa.py",
-    "modeling_videonsa.py",
-    "fused_videonsa.py",
-    "vision_videonsa.py",
-    "nsa_reference.py",
-    "nsa_kernels.py",
-    "nsa_kernels_choice.py",
-    "nsa_kernels_compressed.py",
-    "nsa_kernels_dense.py",
-    "nsa_kernels_primitives.py",
-    "nsa_kernels_selected.py",
-    "nsa_kernels_window.py",
-    "processing_videonsa.py",
-    "requirements.txt",
-)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 COPIED_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "generation_config.json", "LICENSE")
 SOURCE_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "README.md", "LICENSE")

@@ -14,10 +14,10 @@ from transformers import AutoModelForImageTextToText
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import publish
+from commands.checkpoint_files import CODE_FILES
 from paths import ROOT
 
-PREFIXES = ("configuration_", "fused_", "modeling_", "nsa_", "processing_", "vision_")
-MODEL_FILES = sorted(path for path in ROOT.glob("*.py") if path.name.startswith(PREFIXES))
+MODEL_FILES = sorted(ROOT / name for name in CODE_FILES if name.endswith(".py"))
 SHIPPED_IMPORTS = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
 
 

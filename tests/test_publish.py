@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import publish
+from commands.checkpoint_files import CODE_FILES
 from paths import ROOT
 
 
@@ -65,7 +66,7 @@ def test_the_repository_can_be_published(api, capsys):
 @pytest.mark.parametrize("name", ["configuration", "modeling", "processing"])
 def test_every_file_that_the_code_imports_is_listed(name):
     imports = get_relative_import_files(str(ROOT / f"{name}_videonsa.py"))
-    assert {Path(path).name for path in imports} <= set(publish.CODE_FILES)
+    assert {Path(path).name for path in imports} <= set(CODE_FILES)
 
 
 def test_only_listed_files_are_sent_in_one_commit(api, model, monkeypatch):

@@ -3,9 +3,9 @@
     python tools/publish.py --dry-run
     python tools/publish.py --model ../VideoNSA-7B --repo-id me/VideoNSA-7B --private
 
-HUB_FILES is the one list of what goes to the Hub. Before anything is sent, the listed files alone
-are loaded from a folder and from a Hub cache, as users have them: config, processor, and every key
-and shape of the model (on the meta device, so that a large one needs no memory).
+commands/checkpoint_files.py lists what goes to the Hub. Before anything is sent, the listed files
+alone are loaded from a folder and from a Hub cache, as users have them: config, processor, and
+every key and shape of the model (on the meta device, so that a large one needs no memory).
 """
 
 import argparse
@@ -21,26 +21,7 @@ from huggingface_hub import HfApi
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from convert_checkpoint import CODE_FILES  # noqa: E402
-
-REQUIRED_FILES = (*CODE_FILES, "config.json", "generation_config.json", "README.md")
-HUB_FILES = (
-    *REQUIRED_FILES,
-    "LICENSE",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
+from commands.checkpoint_files import HUB_FILES, REQUIRED_FILES  # noqa: E402
 
 LOAD = """
 import sys
