@@ -19,6 +19,9 @@ CODE_FILES = (
     "nsa_kernels_selected.py",
     "nsa_kernels_window.py",
     "processing_videonsa.py",
+    "video_plan_videonsa.py",
+    "video_reader_videonsa.py",
+    "pixel_stream_videonsa.py",
     "requirements.txt",
 )
 REQUIRED_FILES = (*CODE_FILES, "config.json", "generation_config.json", "README.md")

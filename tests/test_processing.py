@@ -12,12 +12,8 @@ from PIL import Image
 from qwen_vl_utils import process_vision_info
 from transformers import AutoProcessor, AutoVideoProcessor, Qwen2_5_VLProcessor
 from transformers.utils import logging
-from videonsa.processing_videonsa import (
-    VideoNSAProcessor,
-    VideoNSAVideoProcessor,
-    VideoPlan,
-    plan_video,
-)
+from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
+from videonsa.video_plan_videonsa import VideoPlan, plan_video
 
 import clips
 from paths import ROOT

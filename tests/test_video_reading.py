@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 from transformers.utils import logging
-from videonsa.processing_videonsa import Remeasure, VideoFile
+from videonsa.video_reader_videonsa import Remeasure, VideoFile
 
 import clips
 from paths import ROOT

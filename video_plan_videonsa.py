@@ -1,0 +1,171 @@
+"""What is taken of a video: how many frames, of what size, and how many tokens they become.
+
+`plan_video` is the one place that decides it, from the numbers of a video and the settings of a
+call; `VideoPlan` is its answer. Nothing here opens a file or touches a pixel.
+"""
+
+import math
+from dataclasses import dataclass
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class VideoPlan:
+    """What is taken of one video, as `plan_video` decided it.
+
+    duration: seconds.  fps: the rate asked for, None when a number of frames was.
+    wanted: frames at that rate.  frames: frames taken, evenly spread over the duration.
+    height, width: pixels of each frame.  tokens: placeholders in the prompt.
+    frames_reason, size_reason: what kept frames or size from being what was asked, if anything.
+    """
+
+    duration: float
+    fps: float | None
+    wanted: int
+    frames: int
+    height: int
+    width: int
+    tokens: int
+    frames_reason: str = ""
+    size_reason: str = ""
+
+    @property
+    def seconds(self) -> list[float]:
+        """The time of each frame, counted from the first frame of the video."""
+        return [i * self.duration / self.frames for i in range(self.frames)]
+
+    def describe(self) -> str:
+        """One line: "412 s at 2 fps = 768 of 824 frames (frame cap), 168x280, 23,040 tokens"."""
+        rate = "" if self.fps is None else f" at {self.fps:g} fps"
+        seconds = f"{self.duration:.0f}" if self.duration >= 100 else f"{self.duration:.3g}"
+        frames = f"{self.frames} frame{'s' * (self.frames != 1)}"
+        if self.frames < self.wanted:
+            frames = f"{self.frames} of {self.wanted} frames"
+        if self.frames_reason:
+            frames += f" ({self.frames_reason})"
+        size = f"{self.height}x{self.width}"
+        if self.size_reason:
+            size += f" ({self.size_reason})"
+        return f"{seconds} s{rate} = {frames}, {size}, {self.tokens:,} tokens"
+
+
+def resized(height: int, width: int, min_pixels: int, max_pixels: int, factor: int = 28):
+    """Qwen's rule: both sides multiples of `factor`, the area between the two limits."""
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(
+            f"A frame of {height}x{width} pixels is more than 200 times as long as it is wide; "
+            "crop it first."
+        )
+    rows, columns = (max(factor, round(side / factor) * factor) for side in (height, width))
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = (
+            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
+        )
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return rows, columns
+
+
+def plan_video(
+    duration: float,
+    source_frames: int,
+    height: int,
+    width: int,
+    *,
+    fps: float | None = 2.0,
+    num_frames: int | None = None,
+    sample: bool = True,
+    min_frames: int = 4,
+    max_frames: int = 768,
+    min_pixels: int = 128 * 28 * 28,
+    max_pixels: int = 768 * 28 * 28,
+    total_pixels: int | None = None,
+    max_tokens: int | None = None,
+    size: tuple[int, int] | None = None,
+    factor: int = 28,
+    pair: int = 2,
+) -> VideoPlan:
+    """Decides frames, size and tokens of a video of `source_frames` frames of `height` x `width`.
+
+    fps or num_frames: what is asked for; with `sample` false, all the frames there are.
+    min_frames, max_frames: bounds of what a rate may ask for. Sampled frames are an even number,
+        but for a video of one frame.
+    min_pixels, max_pixels: bounds of one frame's area; where they contradict, max_pixels holds.
+    total_pixels: area of all frames, two frames that share their tokens counted once, as in
+        qwen-vl-utils. Frames shrink towards min_pixels to meet it; past that, some are given up.
+    max_tokens: tokens of the whole video. Frames are given up to meet it, their size stays.
+    size: height and width to use, rounded to multiples of `factor`, whatever the pixel bounds say.
+    factor, pair: pixels per token and side, and frames per token.
+
+    Raises ValueError when not even two frames fit, saying what would.
+    """
+    if fps is not None and fps <= 0:
+        raise ValueError(f"fps is {fps}; it must be positive (2 is usual).")
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames is {num_frames}; at least one frame must be taken.")
+    unit = factor * factor
+    if max_pixels < unit:
+        logger.warning_once(f"max_pixels is {max_pixels}; using {unit}, the area of one token.")
+        max_pixels = unit
+    if max_frames < pair:
+        logger.warning_once(f"max_frames is {max_frames}; using {pair}, which share their tokens.")
+    min_pixels = min(min_pixels, max_pixels)
+
+    def even(count):
+        return max(pair, int(count) // pair * pair)
+
+    cap, available = even(max_frames), min(even(source_frames), source_frames)
+    reason = size_reason = ""
+    if not sample:
+        fps, wanted, frames = None, source_frames, source_frames
+    elif num_frames is not None:
+        fps, wanted = None, even(round(num_frames / pair) * pair)
+        frames = min(wanted, available)
+        if frames < wanted:
+            reason = "all there are"
+            logger.warning_once(f"num_frames is {num_frames}, but the video has {source_frames}.")
+    else:
+        # Half a source frame of tolerance: containers round durations.
+        asked = int((duration + duration / source_frames / 2) * fps) // pair * pair
+        wanted, least = max(asked, 1), math.ceil(min_frames / pair) * pair
+        frames = min(max(asked, least), cap, available)
+        if frames < wanted:
+            reason = "frame cap" if frames == cap else "all there are"
+        elif frames > wanted:
+            reason = "minimum"
+
+    if size is not None:
+        rows, columns = (max(factor, round(side / factor) * factor) for side in size)
+    else:
+        rows, columns = resized(height, width, min_pixels, max_pixels, factor)
+        share = max(total_pixels * pair // frames, int(1.05 * min_pixels)) if total_pixels else None
+        if share is not None and rows * columns > share:
+            rows, columns = resized(height, width, min_pixels, share, factor)
+            size_reason = "total pixels"
+
+    groups, each = math.ceil(frames / pair), rows * columns // unit
+    budgets = {"token budget": max_tokens, "total pixels": total_pixels and total_pixels // unit}
+    for name, tokens in budgets.items():
+        if tokens is None or groups * each <= tokens:
+            continue
+        if tokens < each:
+            raise ValueError(
+                f"Two frames of {rows}x{columns} pixels are {each:,} tokens, more than the {name} "
+                f"allows ({tokens:,}): allow {each:,} tokens ({each * unit:,} pixels), or lower "
+                f"max_pixels to {max(tokens, 1) * unit:,}."
+            )
+        groups, reason = tokens // each, name
+        frames = groups * pair
+        if name == "total pixels":
+            logger.warning_once(
+                f"total_pixels is {total_pixels:,}: at min_pixels, {wanted} frames exceed it; "
+                f"taking {frames}."
+            )
+    return VideoPlan(
+        duration, fps, wanted, frames, rows, columns, groups * each, reason, size_reason
+    )
