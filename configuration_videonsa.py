@@ -17,6 +17,7 @@ SEMANTICS = ("paper",)
 class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     """Qwen2.5-VL's text config and the sparse attention of the vision tokens (VideoNSA, section 2).
 
+    nsa_enabled: False lets vision tokens attend densely, as in Qwen2.5-VL; the gates have no part.
     nsa_block_size: tokens per compressed and per selected block.
     nsa_num_selected_blocks: blocks that a query selects, its own and the forced ones counted.
     nsa_window_size: keys in the sliding window, the query itself counted.
@@ -44,6 +45,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     rms_norm_eps: float = 1e-06
     max_window_layers: int | None = 28
 
+    nsa_enabled: bool = True
     nsa_block_size: int = 64
     nsa_num_selected_blocks: int = 32
     nsa_window_size: int = 256

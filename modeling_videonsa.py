@@ -14,6 +14,7 @@ What the branches compute is specified in nsa_reference.py.
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from transformers.utils import logging
 
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from .fused_videonsa import VideoNSAMLP, VideoNSARMSNorm, rotary
+from .nsa_reference import gate_weights
 from .vision_videonsa import VideoNSAVisionTower
 
 try:
@@ -158,7 +160,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
     def gates(self, hidden_states):
         """Weights of the compressed, selected and window branch, [..., hidden] to [..., H, 3]."""
         logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states)))
-        return (logits / self.config.nsa_gate_temperature).sigmoid().unflatten(-1, (-1, 3))
+        return gate_weights(logits, self.config.nsa_gate_temperature)
 
     def forward(
         self,
@@ -213,10 +215,28 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
     def _attend(self, query, key, value, gates, plan):
         """query [B, H, S, D], key and value [B, K, L, D]; returns [B, S, H, D], padding zero."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        config = self.config
-        sparse, dense = _attention_functions(config.nsa_backend, query.device)
         output = torch.zeros_like(query)
-        output[plan.vision_queries] = sparse(
+        output[plan.vision_queries] = self.attend_sparse(query, key, value, gates, plan)
+        output[plan.text_queries] = self.attend_dense(query, key, value, plan)
+        return output
+
+    def attend_sparse(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        gates: torch.Tensor,
+        plan: NSAPlan,
+    ) -> torch.Tensor:
+        """The output of the vision rows: three sparse branches over vision keys, weighted by gates.
+
+        query [B, S, H, D]; key and value [B, L, K, D], cached and new; gates [N, H, 3] as `gates`
+        returns them, for the N rows of `plan.vision_queries`. Returns [N, H, D] in their order;
+        `plan.cu_vision_queries` says how many of them each sample has.
+        """
+        config = self.config
+        nsa_attention, _ = _attention_functions(config.nsa_backend, query.device)
+        return nsa_attention(
             query[plan.vision_queries],
             key[plan.vision_keys],
             value[plan.vision_keys],
@@ -230,7 +250,13 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             num_local=config.nsa_num_local_blocks,
             scale=self.scaling,
         )
-        output[plan.text_queries] = dense(
+
+    def attend_dense(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: NSAPlan
+    ) -> torch.Tensor:
+        """The output of the text rows, over all earlier keys; shapes as for `attend_sparse`."""
+        _, dense_attention = _attention_functions(self.config.nsa_backend, query.device)
+        return dense_attention(
             query[plan.text_queries],
             key[plan.all_keys],
             value[plan.all_keys],
@@ -239,7 +265,6 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             plan.cu_all_keys,
             scale=self.scaling,
         )
-        return output
 
 
 class VideoNSATextModel(Qwen2_5_VLTextModel):
@@ -280,8 +305,10 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         if nsa_vision is None or not nsa_vision[:, -new:].any():
             return super().forward(attention_mask=attention_mask, **call)
 
-        _refuse_foreign_attention(self.config)
         _refuse_paged_cache(_cache(kwargs))
+        if not self.config.nsa_enabled:
+            return super().forward(attention_mask=attention_mask, **call)
+        _refuse_foreign_attention(self.config)
         plan = make_plan(
             nsa_vision,
             new,
@@ -847,7 +874,7 @@ def _mask_of_chunk(attention_mask, start, end, past):
     return attention_mask[:, : past + end]
 
 
-def _attention_functions(backend, device):
+def _attention_functions(backend: str, device: torch.device) -> tuple[Callable, Callable]:
     """(nsa_attention, dense_attention) of a backend; "auto" is Triton on a CUDA device."""
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
         from .nsa_kernels import dense_attention, nsa_attention

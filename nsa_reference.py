@@ -171,6 +171,15 @@ def dense_attention(q, k, v, positions, cu_q, cu_k, *, scale=None):
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
 
 
+def gate_weights(logits, temperature):
+    """The weights of the branches: sigmoid(logits / temperature) (VideoNSA, section 2.1).
+
+    logits [..., 3 H], a head's compressed, selected and window branch next to each other. Returns
+    [..., H, 3], each weight between 0 and 1 by itself: the three need not sum to 1.
+    """
+    return (logits / temperature).sigmoid().unflatten(-1, (-1, 3))
+
+
 def nsa_attention(
     q,
     k,

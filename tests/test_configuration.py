@@ -46,8 +46,10 @@ def test_a_flat_config_of_the_hub_is_read():
 
 
 def test_fields_survive_a_round_trip(tmp_path):
-    VideoNSAConfig(text_config={"nsa_window_size": 77}).save_pretrained(tmp_path)
-    assert VideoNSAConfig.from_pretrained(tmp_path).text_config.nsa_window_size == 77
+    fields = {"nsa_window_size": 77, "nsa_enabled": False}
+    VideoNSAConfig(text_config=fields).save_pretrained(tmp_path)
+    text = VideoNSAConfig.from_pretrained(tmp_path).text_config
+    assert (text.nsa_window_size, text.nsa_enabled) == (77, False)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,7 @@ def test_nonsense_is_refused_by_name(fields, message):
         VideoNSATextConfig(**fields)
 
 
-def test_a_wrong_type_is_refused_by_name():
-    with pytest.raises(StrictDataclassFieldValidationError, match="nsa_block_size"):
-        VideoNSATextConfig(nsa_block_size="64")
+@pytest.mark.parametrize("fields", [{"nsa_block_size": "64"}, {"nsa_enabled": "no"}], ids=str)
+def test_a_wrong_type_is_refused_by_name(fields):
+    with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(fields))):
+        VideoNSATextConfig(**fields)

@@ -115,6 +115,22 @@ def test_caches_and_chunks_generate_the_same(model, prompts, rows, options, padd
     torch.testing.assert_close(logits, expected_logits, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"prefill_chunk_size": 7}, {"prefill_chunk_size": 7, "cache_implementation": "static"}],
+    ids=str,
+)
+def test_disabled_attention_decodes_as_a_whole_prefill(prompts, rows, options):
+    model = make_model(nsa_enabled=False)
+    inputs = prompts.batch(*rows)
+    tokens, logits = generate(model, inputs, **options)
+    longer = {k: v for k, v in inputs.items() if k != "mm_token_type_ids"}
+    longer["input_ids"] = torch.cat([inputs["input_ids"], tokens[:, :-1]], dim=1)
+    ones = torch.ones_like(tokens[:, :-1])
+    longer["attention_mask"] = torch.cat([inputs["attention_mask"], ones], dim=1)
+    torch.testing.assert_close(logits[:, -1], last_logits(model, longer), **CLOSE)
+
+
 @pytest.mark.parametrize("size", [None, 7])
 def test_a_static_cache_makes_no_mask_of_all_pairs(model, prompts, rows, size):
     masks = []

@@ -200,6 +200,37 @@ def test_only_the_named_modalities_are_sparse(prompts):
     assert (logits(both, inputs) - stock).abs().max() > 1e-3
 
 
+def own_positions(model, inputs):
+    """Positions by the model's own rule, which the library's differs from."""
+    media = {k: v for k, v in inputs.items() if "grid" in k}
+    positions, _ = model.model.get_rope_index(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], **media
+    )
+    return positions
+
+
+def test_disabled_it_is_stock_whatever_the_gates_are(prompts):
+    model = make_model(nsa_enabled=False)
+    inputs = prompts.batch(
+        prompts.row(2, ("image", 2, 3), 3, ("video", 3, 2, 2), 5), prompts.row(9)
+    )
+    stock = logits(stock_twin(model), inputs, position_ids=own_positions(model, inputs))
+    for layer in model.model.language_model.layers:
+        layer.self_attn.g_proj_2.bias.data.fill_(torch.nan)
+    actual, seen = logits(model, inputs), inputs["attention_mask"].bool()
+    torch.testing.assert_close(actual[seen], stock[seen], **CLOSE)
+
+
+def test_it_can_be_disabled_and_enabled_again(prompts):
+    model, inputs = make_model(), prompts.batch(prompts.row(3, ("video", 5, 2, 3), 5))
+    before = logits(model, inputs)
+    model.config.text_config.nsa_enabled = False
+    dense = logits(model, inputs)
+    model.config.text_config.nsa_enabled = True
+    assert torch.equal(logits(model, inputs), before)
+    assert (dense - before).abs().max() > 1e-3
+
+
 def test_packed_samples_equal_separate_ones(model, prompts):
     rows = [prompts.row(2, ("video", 3, 2, 2), 3), prompts.row(6), prompts.row(("image", 2, 3), 4)]
     separate = [logits(model, prompts.batch(row)) for row in rows]
