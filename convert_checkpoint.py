@@ -24,17 +24,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-from commands.checkpoint_files import CODE_FILES
+from commands.checkpoint_files import TOKENIZER_FILES, copy_code, listed_files, upload
+from commands.model_card import HUB_ID, write_card
 
 HERE = Path(__file__).resolve().parent
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 COPIED_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "generation_config.json", "LICENSE")
 SOURCE_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "README.md", "LICENSE")
 SINGLE, INDEX, WEIGHTS = "model.safetensors", "model.safetensors.index.json", "model*.safetensors"
@@ -49,34 +49,15 @@ EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 GATE = re.compile(r"\.self_attn\.g_proj_[12]\.(weight|bias)$")
 GATE_STD = 0.02
 
-CARD = """\
----
-{head}
-library_name: transformers
-pipeline_tag: video-text-to-text
-tags: [videonsa, sparse-attention]
----
-
-# {name}
-
+DESCRIPTION = """\
 {source} with the attention of VideoNSA: in every layer of the language model, vision tokens attend
 through three gated sparse branches (compressed blocks, selected blocks, a sliding window); text
 tokens attend densely.
 
 **The gates are untrained.** {gates}
 All other weights are the source's. Answers to text alone are the source's; before you rely on
-answers about videos, train the gates (`g_proj_1`, `g_proj_2` in each layer's `self_attn`):
-
-    python finetune.py --model_name_or_path . --data DATA.jsonl --output_dir TUNED
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto")
-```
-
-In a shell: `pip install -r requirements.txt`, then `python ask.py VIDEO "QUESTION"`.
+answers about videos, train the gates (`g_proj_1`, `g_proj_2` in each layer's `self_attn`) with the
+repository's `finetune.py --model_name_or_path {name}`.
 """
 
 
@@ -112,13 +93,7 @@ def convert(source, out, *, gates="even", gate_value=None, dtype="auto", seed=0,
             f"missing 0, unexpected 0\n{out} is complete; its gates are untrained."
         )
     if push_to_hub:
-        HfApi().create_repo(push_to_hub, exist_ok=True)
-        HfApi().upload_folder(
-            repo_id=push_to_hub,
-            folder_path=out,
-            ignore_patterns=[RECORD, "__pycache__/*"],
-            commit_message=f"VideoNSA from {name}, gates untrained",
-        )
+        upload(out, push_to_hub, listed_files(out), f"VideoNSA from {name}, gates untrained")
         print(f"pushed to {push_to_hub}")
     return report
 
@@ -161,7 +136,7 @@ def find_source(source):
     if folder.is_dir():
         check_model_type(folder)
         return folder, folder.name
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+    if not HUB_ID.fullmatch(source):
         raise FileNotFoundError(f"{source} is neither a folder nor a Hub id (owner/name).")
     check_model_type(Path(snapshot_download(source, allow_patterns="config.json")))
     return Path(snapshot_download(source, allow_patterns=SOURCE_PATTERNS)), source
@@ -369,8 +344,7 @@ def gate_tensor(key, shape, record, temperature):
 
 def write_small_files(folder, staging, tensors, name, record):
     """Write all of OUT but its weights: code, config, tokenizer, processor, card."""
-    for file in CODE_FILES:
-        shutil.copyfile(HERE / file, staging / file)
+    copy_code(staging)
     for file in COPIED_FILES:
         if (folder / file).is_file():
             shutil.copyfile(folder / file, staging / file)
@@ -382,7 +356,12 @@ def write_small_files(folder, staging, tensors, name, record):
     own = read_json(HERE / "config.json")
     write_config(folder, staging, dtype, own)
     write_processor(folder, staging, own["auto_map"])
-    write_card(folder, staging, name, record)
+    if record["gates"] == "even":
+        gates = f"They start even: each branch counts {record['gate_value']:.3g} in every head."
+    else:
+        gates = f"They start random, as in the paper: N(0, {GATE_STD}), seed {record['seed']}."
+    description = DESCRIPTION.format(source=record["source"], gates=gates, name=name)
+    write_card(staging, name, folder, description)
 
 
 def write_config(folder, staging, dtype, own):
@@ -435,23 +414,6 @@ def write_processor(folder, staging, auto_map):
         ("tokenizer_config.json", tokenizer),
     ):
         write_json(staging / file, {**settings, "processor_class": "VideoNSAProcessor"})
-
-
-def write_card(folder, staging, name, record):
-    """Write README.md with the source's licence, read from its own card, and the gates' state."""
-    card = folder / "README.md"
-    card = card.read_text(encoding="utf-8") if card.is_file() else ""
-    head = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
-    head = re.findall(r"^license(?:_name|_link)?:.*$", head[1], re.MULTILINE) if head else []
-    head = head or ["license: other", "license_name: as-the-source"]
-    if "/" in record["source"]:
-        head.append(f"base_model: {record['source']}")
-    if record["gates"] == "even":
-        gates = f"They start even: each branch counts {record['gate_value']:.3g} in every head."
-    else:
-        gates = f"They start random, as in the paper: N(0, {GATE_STD}), seed {record['seed']}."
-    card = CARD.format(head="\n".join(head), name=name, source=record["source"], gates=gates)
-    (staging / "README.md").write_text(card, encoding="utf-8")
 
 
 def read_json(path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 import convert_checkpoint
+from commands import checkpoint_files
 from convert_checkpoint import convert
 from paths import ROOT
 
@@ -453,9 +455,11 @@ def test_a_hub_id_is_read_from_the_offline_cache_(tmp_path):
     result = run("org/tiny", tmp_path / "out", HF_HUB_CACHE=str(tmp_path / "hub"))
     assert result.returncode == 0, result.stderr
     assert "added 8 (even gates), missing 0, unexpected 0" in result.stdout
-    card = (tmp_path / "out/README.md").read_text()
-    assert "license: other\nlicense_name: qwen\nbase_model: org/tiny\n" in card
-    assert "**The gates are untrained.**" in card
+    card = tmp_path / "out/README.md"
+    metadata = metadata_load(card)
+    assert (metadata["license"], metadata["license_name"]) == ("other", "qwen")
+    assert metadata["base_model"] == "org/tiny"
+    assert "**The gates are untrained.**" in card.read_text()
     assert (tmp_path / "out/LICENSE").read_text() == "terms"
 
 
@@ -489,12 +493,12 @@ def test_push_uploads_the_finished_folder_as_one_commit(source, tmp_path, monkey
         def create_repo(self, repo_id, **options):
             calls.append(("create_repo", repo_id))
 
-        def upload_folder(self, *, repo_id, folder_path, ignore_patterns, commit_message):
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns, **options):
             calls.append(("upload_folder", repo_id, Path(folder_path)))
-            assert (Path(folder_path) / "model.safetensors").exists()
-            assert "conversion.json" in ignore_patterns
+            own = {path.name for path in Path(folder_path).iterdir()}
+            assert set(allow_patterns) == own - {"conversion.json"}
 
-    monkeypatch.setattr(convert_checkpoint, "HfApi", Api)
+    monkeypatch.setattr(checkpoint_files, "HfApi", Api)
     out = tmp_path / "out"
     convert(source, out, push_to_hub="me/tiny")
     assert calls == [("create_repo", "me/tiny"), ("upload_folder", "me/tiny", out)]

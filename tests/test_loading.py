@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-import publish
-from commands.checkpoint_files import CODE_FILES
+from commands.checkpoint_files import CODE_FILES, listed_files
 from paths import ROOT
 
 MODEL_FILES = sorted(ROOT / name for name in CODE_FILES if name.endswith(".py"))
@@ -25,7 +24,7 @@ SHIPPED_IMPORTS = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
 def payload(tmp_path_factory):
     """A folder with only the files that go to the Hub."""
     folder = tmp_path_factory.mktemp("payload")
-    for name in publish.listed_files(ROOT):
+    for name in listed_files(ROOT):
         shutil.copy(ROOT / name, folder / name)
     return folder
 

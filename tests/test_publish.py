@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import publish
+from commands import checkpoint_files
 from commands.checkpoint_files import CODE_FILES
 from paths import ROOT
 
@@ -18,7 +19,7 @@ def model(tmp_path):
     """The repository's listed files, with clutter beside them that must stay at home."""
     folder = tmp_path / "model"
     folder.mkdir()
-    for name in publish.listed_files(ROOT):
+    for name in checkpoint_files.listed_files(ROOT):
         shutil.copy(ROOT / name, folder)
     for clutter in ("tests/test_it.py", "docs/README.md", "examples/clips/a.mp4", ".git/config"):
         (folder / clutter).parent.mkdir(parents=True)
@@ -49,7 +50,7 @@ class Api:
 @pytest.fixture
 def api(monkeypatch):
     monkeypatch.setattr(Api, "calls", [])
-    monkeypatch.setattr(publish, "HfApi", Api)
+    monkeypatch.setattr(checkpoint_files, "HfApi", Api)
     return Api
 
 
@@ -75,7 +76,7 @@ def test_only_listed_files_are_sent_in_one_commit(api, model, monkeypatch):
     (made, repo_id, private, exist_ok), (uploaded, target, sent, deleted) = api.calls
     assert (made, repo_id, private, exist_ok) == ("create_repo", "me/tiny", True, True)
     assert (uploaded, target) == ("upload_folder", "me/tiny")
-    assert sent == set(publish.listed_files(ROOT))
+    assert sent == set(checkpoint_files.listed_files(ROOT))
     assert deleted == {"model-00001-of-00002.safetensors"}  # of an earlier split
 
 
@@ -113,6 +114,14 @@ def test_what_does_not_load_by_itself_is_not_sent(api, model, damage, message, c
     damage(model)
     assert publish.main(["--model", str(model), "--repo-id", "me/tiny"]) == 2
     assert message in capsys.readouterr().err
+    assert api.calls == []
+
+
+def test_an_adapter_beside_whole_weights_is_not_sent(api, model, capsys):
+    """Loading the folder would apply it to weights that may have it merged already."""
+    (model / "adapter_config.json").touch()
+    assert publish.main(["--model", str(model), "--repo-id", "me/tiny"]) == 2
+    assert "holds an adapter beside whole weights" in capsys.readouterr().err
     assert api.calls == []
 
 

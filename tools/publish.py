@@ -14,14 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from fnmatch import fnmatch
 from pathlib import Path
-
-from huggingface_hub import HfApi
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from commands.checkpoint_files import HUB_FILES, REQUIRED_FILES  # noqa: E402
+from commands.checkpoint_files import listed_files, upload  # noqa: E402
 
 LOAD = """
 import sys
@@ -39,15 +36,6 @@ for name in sys.argv[1:]:
     if faults:
         sys.exit(str(faults))
 """
-
-
-def listed_files(model):
-    """Names of the files of the folder `model` that go to the Hub, in HUB_FILES' order."""
-    absent = [name for name in REQUIRED_FILES if not (model / name).is_file()]
-    if absent:
-        raise FileNotFoundError(f"{model} lacks {', '.join(absent)}, which users of it need.")
-    names = sorted(path.name for path in model.iterdir() if path.is_file())
-    return [name for pattern in HUB_FILES for name in names if fnmatch(name, pattern)]
 
 
 def check_loads(model, names):
@@ -80,11 +68,7 @@ def check_loads(model, names):
 
 
 def publish(model, repo_id=None, *, private=False, dry_run=False):
-    """List, check and, unless `dry_run`, upload the folder `model`; return the listed names.
-
-    Listed files that the repository has from before and `model` has not, such as shards of an
-    earlier split, are deleted in the same commit.
-    """
+    """List, check and, unless `dry_run`, upload the folder `model`; return the listed names."""
     model = Path(model).resolve()
     names = listed_files(model)
     sizes = [(model / name).stat().st_size for name in names]
@@ -94,15 +78,7 @@ def publish(model, repo_id=None, *, private=False, dry_run=False):
     check_loads(model, names)
     print("These files load by themselves.")
     if not dry_run:
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=model,
-            allow_patterns=names,
-            delete_patterns=list(HUB_FILES),
-            commit_message=f"Publish {model.name}",
-        )
+        upload(model, repo_id, names, f"Publish {model.name}", private)
         print(f"Published to {repo_id}.")
     return names
 

@@ -1,0 +1,97 @@
+"""The card (README.md) of a checkpoint that was made from another: licence, lineage and use."""
+
+import re
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCardData, hf_hub_download, metadata_load
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+CARD = """\
+---
+{header}
+---
+
+# {name}
+
+{description}
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto")
+```
+
+needs `pip install -r requirements.txt`. This checkpoint carries what loading it needs; the commands
+live in the repository of the code and take it by `--model`, as in
+
+    python ask.py --model {name} VIDEO "QUESTION"
+"""
+
+
+def write_card(
+    folder: str | Path,
+    name: str,
+    source: str | Path,
+    description: str,
+    *,
+    revision: str | None = None,
+    datasets: list[str] | None = None,
+):
+    """Write the README.md of the checkpoint in `folder`, which was made from `source`.
+
+    name: what to load it by: the name of its folder, or its id on the Hub.  source: the folder or
+    Hub id, with `revision`, whose card gives the licence and, for a folder, the base model.
+    description: Markdown on what was done to the source.  datasets: Hub ids of its training data.
+    """
+    source_card = read_metadata(source, revision)
+    own = {key: source_card[key] for key in source_card if key.startswith("license")}
+    own = own or {"license": "other", "license_name": "as-the-source"}
+    header = ModelCardData(
+        **own,
+        base_model=base_model(source, revision),
+        datasets=datasets or None,
+        library_name="transformers",
+        pipeline_tag="video-text-to-text",
+        tags=["videonsa", "sparse-attention"],
+    ).to_yaml()
+    card = CARD.format(header=header, name=name, description=description.strip())
+    (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+
+
+def base_model(source: str | Path, revision: str | None = None) -> str | None:
+    """The Hub id of the model that `source` is or was made from; None where nothing tells it.
+
+    A folder of the Hub's cache names its repository; any other folder goes by its card. A local
+    path is never given: it says nothing to anybody else.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return str(source) if HUB_ID.fullmatch(str(source)) else None
+    cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/[^/]+$", folder.resolve().as_posix())
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    named = read_metadata(source, revision).get("base_model")
+    named = named[0] if isinstance(named, list) and named else named
+    return named if isinstance(named, str) and HUB_ID.fullmatch(named) else None
+
+
+def read_metadata(source: str | Path, revision: str | None = None) -> dict:
+    """The metadata of the card of a folder or Hub id; empty where it has no card."""
+    path = Path(source).expanduser() / "README.md"
+    if not path.parent.is_dir():
+        try:
+            path = Path(hf_hub_download(str(source), "README.md", revision=revision))
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return {}
+    if not path.is_file():
+        return {}
+    try:
+        return metadata_load(path) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"the metadata of {path} are not YAML ({' '.join(str(error).split())}), and the new "
+            "card takes its licence from them: mend or remove that README.md."
+        ) from error
