@@ -235,7 +235,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         `plan.cu_vision_queries` says how many of them each sample has.
         """
         config = self.config
-        nsa_attention, _ = _attention_functions(config.nsa_backend, query.device)
+        nsa_attention, _ = attention_functions(config.nsa_backend, query.device)
         return nsa_attention(
             query[plan.vision_queries],
             key[plan.vision_keys],
@@ -255,7 +255,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: NSAPlan
     ) -> torch.Tensor:
         """The output of the text rows, over all earlier keys; shapes as for `attend_sparse`."""
-        _, dense_attention = _attention_functions(self.config.nsa_backend, query.device)
+        _, dense_attention = attention_functions(self.config.nsa_backend, query.device)
         return dense_attention(
             query[plan.text_queries],
             key[plan.all_keys],
@@ -874,7 +874,7 @@ def _mask_of_chunk(attention_mask, start, end, past):
     return attention_mask[:, : past + end]
 
 
-def _attention_functions(backend: str, device: torch.device) -> tuple[Callable, Callable]:
+def attention_functions(backend: str, device: torch.device) -> tuple[Callable, Callable]:
     """(nsa_attention, dense_attention) of a backend; "auto" is Triton on a CUDA device."""
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
         from .nsa_kernels import dense_attention, nsa_attention

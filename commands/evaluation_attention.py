@@ -1,50 +1,33 @@
-"""Switches between sparse and dense attention, and a witness of what really ran."""
+"""Records how many vision tokens a model's sparse attention computed: the proof of what ran."""
 
 import sys
 
 import torch
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VLAttention,
-    Qwen2_5_VLTextModel,
-)
 
 BRANCHES = ("compressed", "selected", "window")
-SETTINGS = ("block_size", "num_selected", "window_size")
-
-
-def make_dense(language_model):
-    """Turn VideoNSA's language model into Qwen2.5-VL's in place; the gates are left out."""
-
-    class Dense(type(language_model)):
-        def forward(self, *args, nsa_vision=None, **kwargs):
-            return Qwen2_5_VLTextModel.forward(self, *args, **kwargs)
-
-    language_model.__class__ = Dense
-    for layer in language_model.layers:
-        layer.self_attn.__class__ = Qwen2_5_VLAttention
 
 
 class WrongAttention(RuntimeError):
     """Vision tokens attended in another way than was asked for."""
 
 
-class Witness:
-    """Counts, while it is entered, the vision tokens that go through a model's sparse attention.
+class AttentionRecorder:
+    """Counts, while it is entered, the vision tokens whose output `attend_sparse` computed.
 
-    It stands where the layers call the sparse function itself, so what it counts was computed by
-    that function: neither the configuration nor the class of a layer is taken for a proof. It
-    also closes the gates of the branches that are not in `branches`.
+    It wraps that method of each layer's attention, so what it counts was computed there: the
+    configuration is not taken for a proof. It also closes the gates of the branches that are not
+    in `branches`.
     """
 
     def __init__(self, model, branches=BRANCHES):
-        self.code = sys.modules[type(model).__module__]
         self.layers = [layer.self_attn for layer in model.model.language_model.layers]
         self.open = torch.tensor([branch in branches for branch in BRANCHES])
-        if not hasattr(self.code, "_attention_functions"):
-            raise WrongAttention(
-                f"{self.code.__name__} does not choose its attention by _attention_functions, so "
-                "what runs cannot be witnessed. Evaluate with the checkpoint's own evaluation.py."
-            )
+        for layer in self.layers:
+            if not hasattr(layer, "attend_sparse"):
+                raise WrongAttention(
+                    f"{type(layer).__name__} in {type(layer).__module__} has no attend_sparse, so "
+                    "nothing proves what runs. Evaluate with the code that the checkpoint carries."
+                )
         self.clear()
 
     def clear(self):
@@ -54,34 +37,34 @@ class Witness:
         self.gates, self.rows = 0, 0  # sum over tokens and heads, by branch, and their number
 
     def __enter__(self):
-        self.layer = None
-        self.original = self.code._attention_functions
-        self.code._attention_functions = self._functions
-        self.hooks = [
-            layer.register_forward_pre_hook(lambda *_, index=index: setattr(self, "layer", index))
-            for index, layer in enumerate(self.layers)
-        ]
+        for index, layer in enumerate(self.layers):
+            layer.attend_sparse = self._counting(index, layer)
         return self
 
     def __exit__(self, *error):
-        self.code._attention_functions = self.original
-        for hook in self.hooks:
-            hook.remove()
+        for layer in self.layers:
+            del layer.attend_sparse  # the class's own is found again
 
-    def _functions(self, backend, device):
-        sparse, dense = self.original(backend, device)
+    def _counting(self, index, layer):
+        attend_sparse, config = layer.attend_sparse, layer.config
+        attention_functions = sys.modules[type(layer).__module__].attention_functions
 
-        def counted(q, k, v, gates, cu_q, cu_k, **settings):
+        def counting(query, key, value, gates, plan):
             gates = gates * self.open.to(gates)
-            output = sparse(q, k, v, gates, cu_q, cu_k, **settings)
-            self.tokens[self.layer] = self.tokens[self.layer] + cu_q.diff().cpu()
-            self.functions.add(sparse.__module__.rsplit(".", 1)[-1])
-            self.settings = {name: settings[name] for name in SETTINGS}
+            output = attend_sparse(query, key, value, gates, plan)
+            self.tokens[index] = self.tokens[index] + plan.cu_vision_queries.diff().cpu()
+            function, _ = attention_functions(config.nsa_backend, query.device)
+            self.functions.add(function.__module__.rsplit(".", 1)[-1])
+            self.settings = {
+                "block_size": config.nsa_block_size,
+                "num_selected": config.nsa_num_selected_blocks,
+                "window_size": config.nsa_window_size,
+            }
             self.gates = self.gates + gates.detach().float().sum((0, 1)).cpu()
             self.rows += gates.shape[0] * gates.shape[1]
             return output
 
-        return counted, dense
+        return counting
 
     def reports(self, vision_tokens):
         """What was counted of each sample of a batch; vision_tokens: of each of their prompts.

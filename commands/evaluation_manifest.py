@@ -127,8 +127,8 @@ def summarize(logged, records, dataset):
 
 
 def prove(records, attention):
-    """The sum of all samples' witnesses; raises WrongAttention where one saw other attention."""
-    reports = [record["witness"] for record in records if record["error"] is None]
+    """The sum of all samples' counts; raises WrongAttention where one had other attention."""
+    reports = [record["attention"] for record in records if record["error"] is None]
     for report in reports:
         check(report, attention)
     total = sum(report["vision_tokens"] for report in reports)

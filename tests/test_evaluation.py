@@ -18,6 +18,8 @@ from lmms_eval.tasks import TaskManager, get_task_dict  # noqa: E402
 import clips  # noqa: E402
 import evaluation  # noqa: E402
 from commands.evaluation_attention import WrongAttention  # noqa: E402
+from commands.evaluation_manifest import code_digest, weights_digest  # noqa: E402
+from commands.evaluation_model import generation_settings, refuse_all_unreadable  # noqa: E402
 from paths import ROOT
 
 
@@ -41,7 +43,7 @@ def task(home):
 @pytest.fixture
 def load(tmp_path, monkeypatch):
     """Makes models that keep their answers in this test's folder."""
-    monkeypatch.setattr(evaluation.VideoNSA, "answers", tmp_path / "answers")
+    monkeypatch.setattr(evaluation.VideoNSA, "folder", tmp_path / "answers")
 
     def load(folder=ROOT, **arguments):
         return evaluation.VideoNSA(str(folder), **arguments)
@@ -61,12 +63,6 @@ def copy_checkpoint(folder):
         for file in ROOT.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     return folder
-
-
-def edit(file, old, new):
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new))
 
 
 def again(model):
@@ -250,14 +246,21 @@ def test_a_dense_run_says_so_and_the_table_has_both(tmp_path, capsys):
     assert "| clips_8 | samples | 2 of 80 | 2 of 80 |" in rows
 
 
+NO_VISION = """
+
+make_any_plan = make_plan
+
+
+def make_plan(vision, *arguments, **settings):
+    return make_any_plan(torch.zeros_like(vision), *arguments, **settings)
+"""
+
+
 def test_attention_forced_dense_ends_the_run_without_a_score(tmp_path, capsys):
     folder = copy_checkpoint(tmp_path / "forced")
     # Every row through the dense function, as if there were only text.
-    edit(
-        folder / "modeling_videonsa.py",
-        "        plan = make_plan(\n            nsa_vision,",
-        "        plan = make_plan(\n            torch.zeros_like(nsa_vision),",
-    )
+    modeling = folder / "modeling_videonsa.py"
+    modeling.write_text(modeling.read_text() + NO_VISION)
     assert run(tmp_path / "out", "--model", folder) == 1
     assert "0 to 0 went through the sparse attention" in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("*_results.json"))
@@ -266,10 +269,10 @@ def test_attention_forced_dense_ends_the_run_without_a_score(tmp_path, capsys):
 
 def test_a_dense_model_inside_is_noticed_at_the_first_answer(load, task):
     model = load()
-    evaluation.make_dense(model.model.model.language_model)
+    model.model.config.text_config.nsa_enabled = False
     with pytest.raises(WrongAttention):
         answer(model, task)
-    assert not list(model.journal.folder.glob("*"))
+    assert not list(model.cache.folder.glob("*"))
 
 
 def test_answers_are_kept_and_used_once(load, task):
@@ -277,7 +280,7 @@ def test_answers_are_kept_and_used_once(load, task):
     given = answer(first, task)
     assert given == [doc["answer"] for doc in task.dataset["test"].select(range(4))]
     assert again(first) == [False] * 4
-    (file,) = first.journal.folder.glob("*.jsonl")
+    (file,) = first.cache.folder.glob("*.jsonl")
     lines = file.read_text().splitlines(keepends=True)
     # A half-written line, and an answer that two processes gave.
     file.write_text("".join(lines[:3]) + lines[0] + lines[3][:50])
@@ -312,16 +315,16 @@ def test_other_weights_take_no_old_answer_wherever_they_lie(load, tmp_path):
     copied = load(folder)
     assert copied.fingerprint == load().fingerprint
     copied.model.model.language_model.layers[0].self_attn.g_proj_2.bias.data[0] += 0.5
-    assert evaluation.weights_digest(copied.model) != copied.settings["checkpoint"]["weights"]
+    assert weights_digest(copied.model) != copied.settings["checkpoint"]["weights"]
     # The code that runs, which is transformers' copy of the checkpoint's.
     for loaded, name in (
         (copied.model, "nsa_reference"),
         (copied.processor, "processing_videonsa"),
     ):
-        before = evaluation.code_digest(copied.model, copied.processor)
+        before = code_digest(copied.model, copied.processor)
         code = Path(inspect.getfile(type(loaded))).with_name(f"{name}.py")
         code.write_text(code.read_text() + "\n")
-        assert evaluation.code_digest(copied.model, copied.processor) != before
+        assert code_digest(copied.model, copied.processor) != before
 
 
 def test_an_asked_question_is_part_of_its_key(load, task):
@@ -364,20 +367,20 @@ def test_what_the_checkpoint_brings_does_not_leak_in(load, task, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({**settings, **hidden}))
     model = load(folder)
     given = answer(model, task)
-    shutil.rmtree(model.journal.folder)  # the other checkpoint would take these answers
+    shutil.rmtree(model.cache.folder)  # the other checkpoint would take these answers
     assert given == answer(load(), task)
     assert model.brought["overridden"] == {**hidden, "max_new_tokens": 64}
     assert model.brought["kept"]["eos_token_id"] == [1004, 1002]
 
 
 def test_generation_settings_are_applied_or_said_to_have_no_effect():
-    greedy = evaluation.generation_settings(
+    greedy = generation_settings(
         {"max_new_tokens": 16, "temperature": 0.0, "top_p": 1.0, "until": ["\n\n"], "frames": 8}
     )
     assert greedy["applied"] == {"max_new_tokens": 16, "num_beams": 1, "do_sample": False}
     assert greedy["without_effect"] == {"temperature": 0.0, "top_p": 1.0, "frames": 8}
     assert greedy["until"] == []
-    drawn = evaluation.generation_settings({"temperature": 0.7, "top_p": 0.9, "until": "END"})
+    drawn = generation_settings({"temperature": 0.7, "top_p": 0.9, "until": "END"})
     assert drawn["applied"]["do_sample"] and drawn["applied"]["temperature"] == 0.7
     assert drawn["without_effect"] == {} and drawn["until"] == ["END"]
 
@@ -434,7 +437,7 @@ def test_a_qwen_is_refused(load, tmp_path):
 def test_nothing_readable_is_an_error():
     records = [{"task": "a", "error": "x.mp4 is empty"}, {"task": "b", "error": None}]
     with pytest.raises(RuntimeError, match="none of the 1 samples of a could be read.*empty"):
-        evaluation.refuse_all_unreadable(records)
+        refuse_all_unreadable(records)
 
 
 @pytest.mark.parametrize(

@@ -1,32 +1,32 @@
-"""The witness counts what the sparse attention computes, not what a configuration promises."""
+"""The recorder counts what the sparse attention computes, not what a configuration promises."""
 
 import pytest
 import torch
 
-from commands.evaluation_attention import BRANCHES, Witness, WrongAttention, check, make_dense
+from commands.evaluation_attention import BRANCHES, AttentionRecorder, WrongAttention, check
 from tiny import Prompts, make_model
 
 VISION = [24, 15, 0]  # vision tokens of the rows below
 
 
-def answer(model, witness, **settings):
+def answer(model, recorder, **settings):
     prompts = Prompts()
     rows = [
         prompts.row(3, ("video", 4, 2, 3), 4),
         prompts.row(2, ("image", 3, 3), 1, ("video", 1, 2, 3), 3),
         prompts.row(7),
     ]
-    witness.clear()
-    with witness, torch.no_grad():
+    recorder.clear()
+    with recorder, torch.no_grad():
         output = model.generate(
             **prompts.batch(*rows), do_sample=False, max_new_tokens=3, pad_token_id=0, **settings
         )
-    return output[:, -3:], witness.reports(VISION)
+    return output[:, -3:], recorder.reports(VISION)
 
 
 def test_every_vision_token_of_every_layer_is_counted_for_its_row():
     model = make_model()
-    _, reports = answer(model, Witness(model))
+    _, reports = answer(model, AttentionRecorder(model))
     assert [report["sparse_tokens_by_layer"] for report in reports] == [[n, n] for n in VISION]
     assert reports[0]["functions"] == ["nsa_reference"]
     assert reports[0]["settings"] == {"block_size": 4, "num_selected": 2, "window_size": 5}
@@ -39,16 +39,16 @@ def test_every_vision_token_of_every_layer_is_counted_for_its_row():
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"prefill_chunk_size": 7}], ids=str)
 def test_beams_and_chunks_do_not_confuse_the_count(settings):
     model = make_model()
-    _, reports = answer(model, Witness(model), **settings)
+    _, reports = answer(model, AttentionRecorder(model), **settings)
     for report in reports:
         check(report, "sparse")
 
 
 def test_a_dense_run_is_not_taken_for_a_sparse_one():
     model = make_model()
-    witness = Witness(model)
-    make_dense(model.model.language_model)
-    _, reports = answer(model, witness)
+    recorder = AttentionRecorder(model)
+    model.config.text_config.nsa_enabled = False
+    _, reports = answer(model, recorder)
     check(reports[0], "dense")
     with pytest.raises(WrongAttention, match="0 to 0 went through the sparse attention"):
         check(reports[0], "sparse")
@@ -57,9 +57,9 @@ def test_a_dense_run_is_not_taken_for_a_sparse_one():
 def test_one_dense_layer_is_noticed():
     model = make_model()
     layer = model.model.language_model.layers[1].self_attn
-    witness = Witness(model)
+    recorder = AttentionRecorder(model)
     layer._attend = lambda query, *rest: torch.zeros_like(query.transpose(1, 2))
-    _, reports = answer(model, witness)
+    _, reports = answer(model, recorder)
     assert reports[0]["sparse_tokens_by_layer"] == [24, 0]
     with pytest.raises(WrongAttention, match="0 to 24 went through"):
         check(reports[0], "sparse")
@@ -67,20 +67,19 @@ def test_one_dense_layer_is_noticed():
 
 def test_it_leaves_the_model_as_it_was():
     model = make_model()
-    witness = Witness(model)
-    before = witness.code._attention_functions
-    first, _ = answer(model, witness)
-    assert witness.code._attention_functions is before
-    assert not any(layer._forward_pre_hooks for layer in witness.layers)
-    second, _ = answer(model, Witness(model))
+    recorder = AttentionRecorder(model)
+    before = [dict(vars(layer)) for layer in recorder.layers]
+    first, _ = answer(model, recorder)
+    assert [dict(vars(layer)) for layer in recorder.layers] == before
+    second, _ = answer(model, AttentionRecorder(model))
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_a_closed_branch_has_no_part_in_the_output(branch):
     model = make_model()
-    _, open_all = answer(model, Witness(model))
-    _, reports = answer(model, Witness(model, (branch,)))
+    _, open_all = answer(model, AttentionRecorder(model))
+    _, reports = answer(model, AttentionRecorder(model, (branch,)))
     gates = reports[0]["mean_gates"]
     assert [name for name in BRANCHES if gates[name]] == [branch]
     assert all(open_all[0]["mean_gates"].values())
@@ -89,7 +88,7 @@ def test_a_closed_branch_has_no_part_in_the_output(branch):
         for index, name in enumerate(BRANCHES):
             if name != branch:
                 bias[:, index] = -1e4
-    by_bias, _ = answer(model, Witness(model))
+    by_bias, _ = answer(model, AttentionRecorder(model))
     model = make_model()
-    by_witness, _ = answer(model, Witness(model, (branch,)))
-    assert torch.equal(by_bias, by_witness)
+    by_recorder, _ = answer(model, AttentionRecorder(model, (branch,)))
+    assert torch.equal(by_bias, by_recorder)

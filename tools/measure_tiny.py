@@ -24,15 +24,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from make_clips import KINDS, NEW_KINDS, SAMPLED_FPS
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from commands.evaluation_attention import make_dense  # noqa: E402
 
 
 def load(folder, attention):
     """The checkpoint's model and processor."""
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
-    if attention == "dense":
-        make_dense(model.model.language_model)
+    model.config.text_config.nsa_enabled = attention == "sparse"
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 

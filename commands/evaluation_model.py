@@ -1,0 +1,341 @@
+"""A VideoNSA checkpoint as a chat model of lmms-eval: asks it, and records how it answered."""
+
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from commands.evaluation_attention import BRANCHES, AttentionRecorder, check
+from commands.evaluation_cache import AnswerCache
+from commands.evaluation_manifest import (
+    code_digest,
+    describe_medium,
+    describe_videos,
+    device_name,
+    digest,
+    versions,
+    weights_digest,
+)
+from commands.evaluation_presets import ALIASES, LIMITS
+
+# What reading a video can fail with; tasks call sys.exit where a file is missing.
+UNREADABLE = (OSError, ValueError, SystemExit)
+
+
+class VideoNSA(lmms):
+    """A VideoNSA checkpoint as a chat model of lmms-eval.
+
+    pretrained, revision: folder or Hub id.  attention: "sparse", or "dense" with the same weights.
+    branches: those whose gates stay open, joined by "+".  blocks, window: in place of the
+    checkpoint's nsa_num_selected_blocks and nsa_window_size.  limits: LIMITS, of every video.
+    """
+
+    is_simple = False
+    folder = Path("out/evaluation/answers")  # of kept answers; main() sets it
+    loaded = None  # the last one made, which lmms-eval does not hand out
+
+    def __init__(
+        self,
+        pretrained,
+        revision=None,
+        attention="sparse",
+        branches="compressed+selected+window",
+        blocks=None,
+        window=None,
+        dtype=None,
+        device=None,
+        device_map=None,
+        attn_implementation=None,
+        batch_size=1,
+        max_batch_size=None,
+        **limits,
+    ):
+        super().__init__()
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        self.device = torch.device(device) if device else self.accelerator.device
+        self.attention, self.batch_size = attention, int(batch_size)
+        self.branches = tuple(branches.split("+"))
+        self.limits = {ALIASES.get(name, name): value for name, value in limits.items()}
+        if unknown := sorted(set(self.limits) - set(LIMITS)):
+            raise ValueError(
+                f"model_args have {', '.join(unknown)}, which nothing reads; choose from "
+                f"{', '.join(LIMITS)}."
+            )
+        if attention not in ("sparse", "dense"):
+            raise ValueError(f"attention is {attention!r}; choose sparse or dense.")
+        if unknown := set(self.branches) - set(BRANCHES):
+            raise ValueError(f"branches has {unknown}; choose from {', '.join(BRANCHES)}.")
+
+        source = {"trust_remote_code": True, "revision": revision}
+        config = AutoConfig.from_pretrained(pretrained, **source)
+        if config.model_type != "videonsa":
+            raise ValueError(
+                f"{pretrained} is a {config.model_type}, which has no sparse attention and would "
+                "run dense. convert_checkpoint.py makes a VideoNSA of a Qwen2.5-VL; with "
+                "--attention dense that is the Qwen2.5-VL it came from."
+            )
+        changed = {"nsa_num_selected_blocks": blocks, "nsa_window_size": window}
+        changed["nsa_enabled"] = attention == "sparse"
+        changed = {name: value for name, value in changed.items() if value is not None}
+        text = config.text_config
+        config.text_config = type(text).from_dict({**text.to_dict(), **changed})
+        default = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            pretrained,
+            config=config,
+            dtype=getattr(torch, dtype) if dtype else default,
+            device_map=device_map or self.device,
+            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+            **source,
+        ).eval()
+        self.processor = AutoProcessor.from_pretrained(pretrained, **source)
+        self.recorder = AttentionRecorder(self.model, self.branches)
+        self.brought = clear_generation_config(self.model)
+        self.settings = self._describe(pretrained, revision)
+        # Where a checkpoint lies does not change what it answers.
+        content = {**self.settings, "checkpoint": self.settings["checkpoint"]["weights"]}
+        self.fingerprint = digest(content)
+        self.cache = AnswerCache(type(self).folder / self.fingerprint)
+        self.records = []  # of the last call, of all processes
+        type(self).loaded = self
+
+    def _describe(self, pretrained, revision):
+        config, processor = self.model.config, self.processor
+        return {
+            "checkpoint": {
+                "name": str(pretrained),
+                "revision": getattr(config, "_commit_hash", None) or revision,
+                "weights": weights_digest(self.model),
+            },
+            "code": code_digest(self.model, self.processor),
+            "libraries": versions(),
+            "device": device_name(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "batch_size": self.batch_size,
+            "attention": {
+                "asked": self.attention,
+                "semantics": config.text_config.nsa_semantics,
+                "backend": config.text_config.nsa_backend,
+                "block_size": config.text_config.nsa_block_size,
+                "selected_blocks": config.text_config.nsa_num_selected_blocks,
+                "window": config.text_config.nsa_window_size,
+                "gates": {
+                    branch: self.attention == "sparse" and branch in self.branches
+                    for branch in BRANCHES
+                },
+                "text": config._attn_implementation,
+            },
+            "video": self.limits,
+            "special_tokens": self.brought["kept"],
+            "config": digest({**config.to_dict(), "_name_or_path": None}),
+            "processor": digest(
+                [
+                    processor.video_processor.to_dict(),
+                    processor.image_processor.to_dict(),
+                    processor.chat_template,
+                ]
+            ),
+        }
+
+    def generate_until(self, requests):
+        """One answer per request; from the cache where it has it."""
+        answers, waiting, repeats = [None] * len(requests), [], defaultdict(int)
+        self.records = []
+        for index, request in enumerate(tqdm(requests, disable=self.rank > 0, desc="Answering")):
+            if request.metadata.get("__padding_only__"):  # nobody scores it
+                answers[index] = GenerationResult("")
+                continue
+            sample = self._prepare(request, repeats)
+            if (known := self.cache.get(sample["key"])) is not None:
+                self._answer(answers, index, {**known, "again": True})
+                continue
+            inputs = self._encode(sample)
+            if inputs is None:
+                self.cache.add(sample)
+                self._answer(answers, index, sample)
+                continue
+            if waiting and sample["generation"] != waiting[0][1]["generation"]:
+                self._generate(waiting, answers)
+                waiting = []
+            waiting.append((index, sample, inputs))
+            if len(waiting) == self.batch_size:
+                self._generate(waiting, answers)
+                waiting = []
+        if waiting:
+            self._generate(waiting, answers)
+        self.records = gather_object(self.records) if self.world_size > 1 else self.records
+        refuse_all_unreadable(self.records)
+        return answers
+
+    def _prepare(self, request, repeats):
+        """A sample of a request: what it asks, its key, and its record so far."""
+        _, to_messages, asked, doc_id, task, split = request.args
+        doc = self.task_dict[task][split][doc_id]
+        sample = {"task": task, "doc_id": doc_id, "split": split, "messages": None, "error": None}
+        try:
+            messages = ChatMessages(messages=to_messages(doc)).to_hf_messages()
+            media = [part for one in messages for part in one["content"] if part["type"] != "text"]
+            if not media and any("video" in name for name in doc):
+                raise OSError("the task found no video for this sample")
+            sample["messages"] = messages
+            sample["files"] = [describe_medium(part) for part in media]
+        except UNREADABLE as error:
+            sample["error"] = str(error) or type(error).__name__
+        sample["generation"] = generation_settings(asked)
+        texts = [
+            part["text"]
+            for message in sample["messages"] or []
+            for part in message["content"]
+            if part["type"] == "text"
+        ]
+        content = [task, doc_id, texts, sample.get("files"), sample["generation"]]
+        repeats[str(content)] += 1
+        sample["key"] = digest([self.fingerprint, *content, repeats[str(content)]])
+        return sample
+
+    def _encode(self, sample):
+        """The model's inputs of a sample; None, with the reason in it, if it is unreadable."""
+        if sample["error"] is not None:
+            return None
+        for message in sample["messages"]:
+            for part in message["content"]:
+                if part["type"] == "video":
+                    part.update(self.limits)
+        try:
+            inputs = self.processor.apply_chat_template(
+                sample["messages"],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        except UNREADABLE as error:
+            sample["error"] = str(error) or type(error).__name__
+            return None
+        ids, config = inputs["input_ids"][0], self.model.config
+        kinds = {"image": config.image_token_id, "video": config.video_token_id}
+        vision = [kinds[kind] for kind in config.text_config.nsa_modalities]
+        sample["vision_tokens"] = int(torch.isin(ids, torch.tensor(vision)).sum())
+        sample["prompt_tokens"] = len(ids)
+        sample["videos"] = describe_videos(inputs, self.processor.video_processor)
+        return inputs
+
+    @torch.no_grad()
+    def _generate(self, batch, answers):
+        indices, samples, inputs = zip(*batch, strict=True)
+        settings = samples[0]["generation"]["applied"]
+        if settings["do_sample"]:  # so that a run that goes on draws what it would have drawn
+            torch.manual_seed(int(samples[0]["key"][:15], 16))
+        together = collate(inputs, self.processor.tokenizer.pad_token_id).to(self.model.device)
+        started = time.monotonic()
+        self.recorder.clear()
+        with self.recorder:
+            output = self.model.generate(**together, **settings)
+        seconds = round((time.monotonic() - started) / len(batch), 3)
+        reports = self.recorder.reports([sample["vision_tokens"] for sample in samples])
+        for report in reports:
+            check(report, self.attention)
+        given = output[:, together["input_ids"].shape[1] :].cpu()
+        for index, sample, report, tokens in zip(indices, samples, reports, given, strict=True):
+            text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+            for stop in sample["generation"]["until"]:
+                text = text.split(stop)[0]
+            sample["answer"] = text.strip()
+            sample["answer_tokens"] = int((tokens != self.processor.tokenizer.pad_token_id).sum())
+            sample["seconds"] = seconds
+            sample["attention"] = report
+            self.cache.add(sample)
+            self._answer(answers, index, sample)
+
+    def _answer(self, answers, index, sample):
+        record = {name: value for name, value in sample.items() if name != "messages"}
+        self.records.append(record)
+        counts = TokenCounts(record.get("prompt_tokens"), record.get("answer_tokens"))
+        answers[index] = GenerationResult(record.get("answer", ""), counts)
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError("VideoNSA answers in words; choose a generate_until task.")
+
+    def generate_until_multi_round(self, requests):
+        raise NotImplementedError("evaluation.py asks one question a sample, not several rounds.")
+
+
+def clear_generation_config(model):
+    """Leave the model no generation settings but its special tokens; returns what it had."""
+    brought = model.generation_config.to_diff_dict()
+    brought.pop("transformers_version", None)
+    tokens = {name: brought.pop(name) for name in list(brought) if name.endswith("_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
+    return {"kept": tokens, "overridden": brought}
+
+
+def generation_settings(asked):
+    """What `generate` gets of a task's generation_kwargs, and what becomes of the others.
+
+    Greedy unless a temperature above 0 or do_sample asks for more. Returns {"applied", "until",
+    "without_effect"}.
+    """
+    asked = {name: value for name, value in asked.items() if value is not None}
+    until = asked.pop("until", [])
+    until = [until] if isinstance(until, str) else until
+    temperature = asked.get("temperature")
+    sample = bool(asked.get("do_sample", (temperature or 0) > 0)) and temperature != 0
+    known = set(GenerationConfig().to_dict())
+    drawing = {"temperature", "top_p", "top_k", "min_p", "typical_p"}
+    applied = {"max_new_tokens": 128, "num_beams": 1, "do_sample": sample}
+    without_effect = {}
+    for name, value in asked.items():
+        if name == "do_sample":
+            continue
+        if name not in known or (name in drawing and not sample):
+            without_effect[name] = value
+        else:
+            applied[name] = value
+    return {
+        "applied": applied,
+        # lmms-eval adds the blank line between few-shot examples to every task that names none;
+        # an answer may hold one.
+        "until": [stop for stop in until if stop != "\n\n"],
+        "without_effect": without_effect,
+    }
+
+
+def collate(inputs, pad):
+    """Inputs of single samples as one batch, padded on the left."""
+    if len(inputs) == 1:
+        return inputs[0]
+    batch, longest = type(inputs[0])(), max(one["input_ids"].shape[1] for one in inputs)
+    for name in {name: None for one in inputs for name in one}:
+        parts = [torch.as_tensor(one[name]) for one in inputs if name in one]
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            value = pad if name == "input_ids" else 0
+            parts = [
+                torch.nn.functional.pad(part, (longest - part.shape[1], 0), value=value)
+                for part in parts
+            ]
+        batch[name] = torch.cat(parts)
+    return batch
+
+
+def refuse_all_unreadable(records):
+    """Raise RuntimeError for a task none of whose samples could be read."""
+    by_task = defaultdict(list)
+    for record in records:
+        by_task[record["task"]].append(record["error"])
+    for task, errors in by_task.items():
+        if all(error is not None for error in errors):
+            raise RuntimeError(
+                f"none of the {len(errors)} samples of {task} could be read; the first: {errors[0]}"
+            )
