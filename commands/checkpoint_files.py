@@ -6,7 +6,6 @@ functions. Commands (ask.py, finetune.py, ...) live in the repository and take t
 """
 
 import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -35,9 +34,12 @@ CODE_FILES = (
 )
 REQUIRED_FILES = (*CODE_FILES, "config.json", "generation_config.json", "README.md")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
-# Patterns of all that a checkpoint may carry, in the Hub's usual names.
+# Patterns of all that a checkpoint may carry, in the Hub's usual names, and what the card of the
+# repository's own checkpoint shows.
 CHECKPOINT_FILES = (
     *REQUIRED_FILES,
+    "docs/branches.png",
+    "docs/speed.png",
     "LICENSE",
     "model.safetensors",
     "model-*.safetensors",
@@ -80,8 +82,8 @@ def listed_files(folder: str | Path) -> list[str]:
             f"{folder} holds an adapter beside whole weights, and loading would apply it to them. "
             "Move its adapter_config.json and adapter_model.safetensors to another folder."
         )
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return [name for pattern in CHECKPOINT_FILES for name in names if fnmatch(name, pattern)]
+    found = [path for pattern in CHECKPOINT_FILES for path in sorted(folder.glob(pattern))]
+    return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
 
 
 def upload(

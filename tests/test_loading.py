@@ -25,6 +25,7 @@ def payload(tmp_path_factory):
     """A folder with only the files that go to the Hub."""
     folder = tmp_path_factory.mktemp("payload")
     for name in listed_files(ROOT):
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     return folder
 

@@ -20,9 +20,10 @@ def model(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     for name in checkpoint_files.listed_files(ROOT):
-        shutil.copy(ROOT / name, folder)
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     for clutter in ("tests/test_it.py", "docs/README.md", "examples/clips/a.mp4", ".git/config"):
-        (folder / clutter).parent.mkdir(parents=True)
+        (folder / clutter).parent.mkdir(parents=True, exist_ok=True)
         (folder / clutter).touch()
     for clutter in ("conversion.json", "optimizer.pt", ".env", "model.safetensors.tmp", "notes.md"):
         (folder / clutter).touch()

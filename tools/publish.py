@@ -47,6 +47,7 @@ def check_loads(model, names):
         (place / "hub/models--local--model/refs").mkdir()
         (place / "hub/models--local--model/refs/main").write_text("0" * 40)
         for name in names:
+            (snapshot / name).parent.mkdir(exist_ok=True)
             if name.endswith(".safetensors"):
                 (snapshot / name).symlink_to((model / name).resolve())
             else:

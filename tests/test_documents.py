@@ -1,0 +1,65 @@
+"""What README.md and docs/ say of files is true, and their pictures show the tables' numbers."""
+
+import re
+
+import pytest
+from PIL import Image
+
+from commands.checkpoint_files import listed_files
+from paths import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PICTURES = ("docs/branches.png", "docs/speed.png")
+
+
+def anchors(page):
+    """The names that headings are linked by, as GitHub and the Hub make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    names = re.findall(r"`([\w./-]+\.(?:py|md|txt|yaml|toml))`", page.read_text(encoding="utf-8"))
+    for name in names:
+        assert (ROOT / name).exists() or (page.parent / name).exists(), name
+
+
+def test_pictures_go_to_the_hub_with_the_card():
+    card = (ROOT / "README.md").read_text(encoding="utf-8")
+    for picture in PICTURES:
+        assert f"]({picture})" in card
+        assert picture in listed_files(ROOT)
+        assert (ROOT / picture).stat().st_size < 150_000
+
+
+def test_pictures_and_card_have_the_numbers_of_the_tables():
+    draw_pictures = pytest.importorskip("draw_pictures", reason="needs matplotlib")
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    with Image.open(ROOT / "docs/speed.png") as picture:
+        drawn = picture.info["Description"]
+    assert drawn == draw_pictures.plotted_numbers(page), "run python tools/draw_pictures.py"
+
+    card = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, model = draw_pictures.read_table(page, draw_pictures.MODEL_ROWS)
+    for row in model.values():
+        assert row[-1] in card
+    _, layer = draw_pictures.read_times(page, draw_pictures.LAYER_ROWS)
+    for name in ("VideoNSA, random choices", "dense, SDPA cuDNN"):
+        assert f"{layer[name][-1]:g} ms" in card
+
+
+def test_the_card_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 1000
