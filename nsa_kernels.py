@@ -9,7 +9,7 @@ Contract: float16, bfloat16 or float32 on a CUDA device; head sizes 16 to 128; s
           float32. The same inputs give the same bits, forward and backward.
 Memory: beyond inputs and outputs, for T tokens in 16 bit: three branch outputs (6 H D bytes a
         token), 4 bytes per chosen block three times over, and scratch that does not grow with T
-        (2 (D + 2) H S bytes for each of CHUNK queries, 0.3 GB of importance at a time).
+        (2 (D + 2) H S bytes for each of CHUNK_QUERIES queries, 0.3 GB of importance at a time).
 Oracle: nsa_reference.py.
 
 With do_b = gate_b * do, the backward of a branch needs gate_b * p and gate_b * p * (do.v - do.o_b).
@@ -33,19 +33,19 @@ from .nsa_kernels_primitives import (
     check_inputs,
     load_rows,
     mean_starts,
-    streams_of,
+    packed_lengths,
     tl,
     triton,
 )
 from .nsa_kernels_selected import (
-    build_tile_lists,
     selected_attention,
     selected_dkv,
     selected_dq,
     selected_forward,
 )
+from .nsa_kernels_tiles import build_tile_lists
 from .nsa_kernels_window import window_attention, window_dkv, window_dq, window_forward
-from .nsa_reference import check_streams
+from .nsa_reference import check_packed
 
 __all__ = [
     "compress_blocks",
@@ -65,6 +65,7 @@ def _branch_backward(
     do, o_ptr, lse_ptr, gate_ptr, dgate_ptr, gated_lse_ptr, delta_ptr, rows, live,
     BRANCH: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
+    """One branch of `_gates_backward`, for its tile do [ROWS, D]."""
     delta = tl.sum(do * load_rows(o_ptr, rows, live, D).to(tl.float32), 1)
     gate = tl.load(gate_ptr + rows * 3 + BRANCH, mask=live, other=0.0).to(tl.float32)
     lse = tl.load(lse_ptr + rows, mask=live, other=0.0)
@@ -78,6 +79,10 @@ def _gates_backward(
     do_ptr, gate_ptr, dgate_ptr, o0, o1, o2, lse0, lse1, lse2, gated0, gated1, gated2,
     delta0, delta1, delta2, num_rows, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Owns: ROWS rows, each one query and head; num_rows = Tq * H.
+    Reads: do [Tq, H, D], gates [Tq, H, 3], and of each branch o [Tq, H, D] and base-2 lse [Tq, H].
+    Writes: dgates [Tq, H, 3], and of each branch lse with its gate folded in and delta [Tq, H].
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < num_rows
     do = load_rows(do_ptr, rows, live, D).to(tl.float32)
@@ -92,78 +97,81 @@ def _backward_of_gates(do, outputs, lses, gates):
     dgates = torch.empty_like(gates)
     gated_lses, deltas = ([torch.empty_like(x) for x in lses] for _ in range(2))
     _gates_backward[(triton.cdiv(n, ROWS),)](
-        do, gates, dgates, *outputs, *lses, *gated_lses, *deltas, n, D=do.shape[2], ROWS=ROWS
-    )
+        do, gates, dgates, *outputs, *lses, *gated_lses, *deltas, num_rows=n, D=do.shape[2],
+        ROWS=ROWS,
+    )  # fmt: skip
     return dgates, list(zip(gated_lses, deltas, strict=True))
 
 
 class _Attention(torch.autograd.Function):
+    """The layer. choice: what `choose_blocks` takes besides; keep: what a backward needs."""
+
     @staticmethod
-    def forward(ctx, q, k, v, gates, at, sizes, scale, keep):
-        block_size, num_selected, window_size, num_initial, num_local = sizes
+    def forward(ctx, q, k, v, gates, lengths, block_size, window_size, choice, scale, keep):
+        blocked = {"block_size": block_size, "scale": scale}
+        windowed = {"window_size": window_size, "scale": scale}
         with torch.cuda.device_of(q):
-            cu_mean = mean_starts(at.cu_k, block_size)
-            means = means_forward(k, v, at.cu_k, cu_mean, block_size)
-            compressed, lse_cmp = compressed_forward(q, *means, at, cu_mean, block_size, scale)
-            blocks = choose_blocks(
-                q, means[0], lse_cmp, at, cu_mean, block_size, num_selected, num_initial,
-                num_local, scale,
-            )  # fmt: skip
-            lists = build_tile_lists(q, blocks, at, block_size)
-            selected, lse_slc = selected_forward(q, k, v, lists, scale)
+            cu_mean = mean_starts(lengths.cu_k, block_size)
+            k_mean, v_mean = means_forward(k, v, lengths.cu_k, cu_mean, block_size=block_size)
+            compressed, lse_cmp = compressed_forward(q, k_mean, v_mean, lengths, cu_mean, **blocked)
+            blocks = choose_blocks(q, k_mean, lse_cmp, lengths, cu_mean, **blocked, **choice)
+            lists = build_tile_lists(q, blocks, lengths, block_size=block_size)
+            selected, lse_slc = selected_forward(q, k, v, lists, scale=scale)
             window, lse_win, o = window_forward(
-                q, k, v, at, window_size, scale, gated=(gates, compressed, selected), keep=keep
+                q, k, v, lengths, **windowed, gated=(gates, compressed, selected), keep=keep
             )
         if keep:
             ctx.save_for_backward(
-                q, k, v, gates, *means, compressed, selected, window, lse_cmp, lse_slc, lse_win
-            )
-            ctx.at, ctx.lists, ctx.cu_mean = at, lists, cu_mean
-            ctx.block_size, ctx.window_size, ctx.scale = block_size, window_size, scale
+                q, k, v, gates, k_mean, v_mean, compressed, selected, window, lse_cmp, lse_slc,
+                lse_win,
+            )  # fmt: skip
+            ctx.lengths, ctx.lists, ctx.cu_mean = lengths, lists, cu_mean
+            ctx.blocked, ctx.windowed, ctx.scale = blocked, windowed, scale
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, gates, k_mean, v_mean, *branches = ctx.saved_tensors
-        at, scale, do = ctx.at, ctx.scale, do.contiguous()
+        lengths, cu_mean, scale, do = ctx.lengths, ctx.cu_mean, ctx.scale, do.contiguous()
         dgates, (compressed, selected, window) = _backward_of_gates(
             do, branches[:3], branches[3:], gates
         )
-        dq, *means = compressed_backward(
-            q, k_mean, v_mean, do, *compressed, at, ctx.cu_mean, ctx.block_size, scale
+        dq, dk_mean, dv_mean = compressed_backward(
+            q, k_mean, v_mean, do, *compressed, lengths, cu_mean, **ctx.blocked
         )
         dk, dv = torch.empty_like(k), torch.empty_like(v)
-        means_backward(*means, dk, dv, at.cu_k, ctx.cu_mean, ctx.block_size)
-        window_dq(q, k, v, do, *window, dq, at, ctx.window_size, scale)
-        window_dkv(q, k, v, do, *window, dk, dv, at, ctx.window_size, scale)
-        selected_dq(q, k, v, do, *selected, dq, ctx.lists, scale)
-        selected_dkv(q, k, v, do, *selected, dk, dv, ctx.lists, scale)
-        return dq, dk, dv, dgates, None, None, None, None
+        block_size = ctx.blocked["block_size"]
+        means_backward(dk_mean, dv_mean, dk, dv, lengths.cu_k, cu_mean, block_size=block_size)
+        window_dq(q, k, v, do, *window, dq, lengths, **ctx.windowed)
+        window_dkv(q, k, v, do, *window, dk, dv, lengths, **ctx.windowed)
+        selected_dq(q, k, v, do, *selected, dq, ctx.lists, scale=scale)
+        selected_dkv(q, k, v, do, *selected, dk, dv, ctx.lists, scale=scale)
+        return dq, dk, dv, dgates, *[None] * 6
 
 
 def nsa_attention(
-    q,
-    k,
-    v,
-    gates,
-    cu_q,
-    cu_k,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gates: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
     *,
-    block_size,
-    num_selected,
-    window_size,
-    num_initial=0,
-    num_local=1,
-    scale=None,
-):
+    block_size: int,
+    num_selected: int,
+    window_size: int,
+    num_initial: int = 0,
+    num_local: int = 1,
+    scale: float | None = None,
+) -> torch.Tensor:
     """The three branches, each weighted by its gate (VideoNSA, section 2.1).
 
     q [Tq, H, D]; k, v [Tk, K, D]; gates [Tq, H, 3], not negative, the weights of the compressed,
     the selected and the window branch. Returns o [Tq, H, D]. Differentiable in q, k, v and gates,
     not through the choice of the blocks.
     """
-    check_streams(q, k, v, cu_q, cu_k)
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_inputs("nsa_attention", q, k, v, head_dim=q.shape[2], block_size=block_size)
     if gates.shape != (*q.shape[:2], 3):
         raise ValueError(
@@ -173,6 +181,7 @@ def nsa_attention(
     if not len(q):
         return torch.zeros_like(q)
     q, k, v, gates = (x.contiguous() for x in (q, k, v, gates))
-    sizes = (block_size, num_selected, window_size, num_initial, num_local)
+    lengths = packed_lengths(q, k, cu_seqlens_q, cu_seqlens_k)
+    choice = {"num_selected": num_selected, "num_initial": num_initial, "num_local": num_local}
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gates))
-    return _Attention.apply(q, k, v, gates, streams_of(q, k, cu_q, cu_k), sizes, scale, keep)
+    return _Attention.apply(q, k, v, gates, lengths, block_size, window_size, choice, scale, keep)

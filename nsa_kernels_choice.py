@@ -14,12 +14,14 @@ from .nsa_kernels_primitives import (
     dot,
     fitting,
     heads_of,
+    is_complete,
     load_rows,
     mean_starts,
+    num_complete,
+    packed_lengths,
     query_tile,
     scales,
     stages,
-    streams_of,
     tl,
     triton,
 )
@@ -34,11 +36,16 @@ INFINITY_BITS = tl.constexpr(0x7F800000)
 
 @triton.jit(do_not_specialize=["num_samples", "first_tile", "num_groups"])
 def _importance(
-    q_ptr, k_ptr, lse_ptr, importance_ptr, maxima_ptr, cu_q_ptr, cu_k_ptr, num_samples,
-    cu_mean_ptr, first_tile, row_length, num_groups, scale,
+    q_ptr, k_ptr, lse_ptr, importance_ptr, maxima_ptr, cu_mean_ptr, cu_q_ptr, cu_k_ptr,
+    num_samples, first_tile, row_length, num_groups, scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
     ROWS: tl.constexpr, MEANS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """Owns: a tile of ROWS queries by MEANS blocks of one KV head, tiles counted from first_tile.
+    Reads: q [Tq, H, D] and base-2 lse [Tq, H] of the group's heads; the means k [means, K, D].
+    Writes: importance float32 [rows of the chunk, K, row_length], -1 for a future block, and
+    maxima [rows of the chunk, K, num_groups] of each GROUP blocks.
+    """
     local_tile, column, kv_head = tl.program_id(0), tl.program_id(1) * MEANS, tl.program_id(2)
     sample, first, count, position = query_tile(
         first_tile + local_tile, cu_q_ptr, cu_k_ptr, num_samples, ROWS
@@ -48,7 +55,7 @@ def _importance(
     r = tl.arange(0, ROWS)
     i = column + tl.arange(0, MEANS)
     live = r < count
-    complete = (position + count) // B  # for the last query
+    complete = num_complete(position + count - 1, B)  # for the last query
     mean = tl.load(cu_mean_ptr + sample)
     k = load_rows(k_ptr, (mean + i).to(tl.int64) * K + kv_head, i < complete, D)
     total = tl.zeros([ROWS, MEANS], tl.float32)
@@ -58,7 +65,7 @@ def _importance(
         lse = tl.load(lse_ptr + rows, mask=live, other=float("inf"))
         total += tl.exp2(dot(q, tl.trans(k)) * scale - lse[:, None])
     t = position + r
-    total = tl.where(((i + 1) * B - 1)[None, :] <= t[:, None], total, 0.0)
+    total = tl.where(is_complete(i[None, :], t[:, None], B), total, 0.0)
     total = tl.where(i[None, :] <= (t // B)[:, None], total, -1.0)  # -1: may not be chosen
     row = (local_tile * ROWS + r).to(tl.int64) * K + kv_head
     tl.store(importance_ptr + row[:, None] * row_length + i[None, :], total, mask=live[:, None])
@@ -89,9 +96,9 @@ def _take_largest(bits, need):
 
 
 @triton.jit
-def _rank(ptr, at, first, last, own, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
+def _rank(ptr, offsets, first, last, own, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
     """Bits to order blocks (or groups of blocks first ... last) by: forced first, future never."""
-    bits = tl.load(ptr + at, mask=first <= own, other=-1.0).to(tl.int32, bitcast=True)
+    bits = tl.load(ptr + offsets, mask=first <= own, other=-1.0).to(tl.int32, bitcast=True)
     forced = (first < INITIAL) | (tl.minimum(last, own) > own - LOCAL)
     return tl.where(first <= own, tl.where(forced, INFINITY_BITS, bits), -1)
 
@@ -103,6 +110,11 @@ def _choose(
     S: tl.constexpr, S_2: tl.constexpr, K: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
+    """Owns: one query of one KV head, queries counted from tile first_tile.
+    Reads: importance [rows of the chunk, K, row_length] and maxima [rows of the chunk, K,
+    num_groups] of the query, as `_importance` writes them.
+    Writes: blocks int32 [Tq, K, S], the query's S block numbers, ascending, then -1.
+    """
     local, kv_head = tl.program_id(0), tl.program_id(1)
     sample, first, count, position = query_tile(
         first_tile + local // ROWS, cu_q_ptr, cu_k_ptr, num_samples, ROWS
@@ -137,68 +149,72 @@ def _choose(
 
 
 def choose_blocks(
-    q, k_mean, lse, at, cu_mean, block_size, num_selected, num_initial, num_local, scale
+    q, k_mean, lse, lengths, cu_mean, *, block_size, num_selected, num_initial, num_local, scale
 ):
     """Block numbers int32 [Tq, K, S]; `lse` is the compressed branch's, base 2."""
     kv_heads = k_mean.shape[1]
     blocks = torch.empty(len(q), kv_heads, num_selected, dtype=torch.int32, device=q.device)
-    rows, means = fitting(q, ROWS), fitting(q, MEANS)
-    row_length = triton.cdiv(triton.cdiv(at.keys, block_size), means) * means
+    rows, means, (_, scale) = fitting(q, ROWS), fitting(q, MEANS), scales(q, scale)
+    row_length = triton.cdiv(triton.cdiv(lengths.keys, block_size), means) * means
     num_groups = row_length // GROUP
     most_rows = min(CHUNK_ROWS, CHUNK_ELEMENTS // (kv_heads * row_length))
-    tiles = at.query_tiles(rows)
-    chunk = min(tiles, max(1, most_rows // rows))
-    importance = q.new_empty(chunk * rows * kv_heads, row_length, dtype=torch.float32)
+    tiles = lengths.query_tiles(rows)
+    chunk_tiles = min(tiles, max(1, most_rows // rows))
+    importance = q.new_empty(chunk_tiles * rows * kv_heads, row_length, dtype=torch.float32)
     maxima = q.new_empty(len(importance), num_groups, dtype=torch.float32)
     slots = triton.next_power_of_2(num_selected)
-    for first_tile in range(0, tiles, chunk):
-        n = min(chunk, tiles - first_tile)
-        past = triton.cdiv(at.positions_before((first_tile + n) * rows), block_size)
+    for first_tile in range(0, tiles, chunk_tiles):
+        n = min(chunk_tiles, tiles - first_tile)
+        past = triton.cdiv(lengths.positions_before((first_tile + n) * rows), block_size)
+        sizes = dict(
+            **lengths.arguments, first_tile=first_tile, row_length=row_length,
+            num_groups=num_groups, B=block_size, ROWS=rows, GROUP=GROUP,
+        )  # fmt: skip
         _importance[(n, triton.cdiv(past, means), kv_heads)](
-            q, k_mean, lse, importance, maxima, *at.arguments, cu_mean, first_tile, row_length,
-            num_groups, scales(q, scale)[1], B=block_size, ROWS=rows, MEANS=means, GROUP=GROUP,
-            **heads_of(q, k_mean), num_warps=4, num_stages=stages(q, 3),
+            q, k_mean, lse, importance, maxima, cu_mean, scale=scale, MEANS=means,
+            **heads_of(q, k_mean), **sizes, num_warps=4, num_stages=stages(q, 3),
         )  # fmt: skip
         groups = max(slots, triton.next_power_of_2(triton.cdiv(past, GROUP)))
         _choose[(n * rows, kv_heads)](
-            importance, maxima, blocks, *at.arguments, first_tile, row_length, num_groups,
-            INITIAL=num_initial, LOCAL=num_local, S=num_selected, S_2=slots, K=kv_heads,
-            B=block_size, ROWS=rows, GROUP=GROUP, GROUPS=groups, num_warps=1,
+            importance, maxima, blocks, INITIAL=num_initial, LOCAL=num_local, S=num_selected,
+            S_2=slots, K=kv_heads, GROUPS=groups, **sizes, num_warps=1,
         )  # fmt: skip
     return blocks
 
 
 @torch.no_grad()
 def select_blocks(
-    q,
-    k_cmp,
-    lse,
-    cu_q,
-    cu_k,
+    q: torch.Tensor,
+    k_cmp: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
     *,
-    block_size,
-    num_selected,
-    num_initial=0,
-    num_local=1,
-    scale=None,
-):
+    block_size: int,
+    num_selected: int,
+    num_initial: int = 0,
+    num_local: int = 1,
+    scale: float | None = None,
+) -> torch.Tensor:
     """The blocks that each query attends to, chosen per key/value head (VideoNSA, eq. 3-4).
 
-    q [Tq, H, D]; k_cmp and lse as for and from `compressed_attention`. The first `num_initial`
-    blocks and the `num_local` ones that end with the query's own are always chosen; the rest of
-    the `num_selected` are the past blocks of largest importance, the sum over the group's heads
-    of the compressed branch's probabilities. Equal importances go to the lower index.
-    Returns int32 [Tq, K, num_selected], block numbers within the sample, ascending, then -1.
+    q [Tq, H, D]; k_cmp [means, K, D] and lse [Tq, H] as for and from `compressed_attention`. The
+    first `num_initial` blocks and the `num_local` ones that end with the query's own are always
+    chosen; the rest of the `num_selected` are the past blocks of largest importance, the sum over
+    the group's heads of the compressed branch's probabilities. Equal importances go to the lower
+    index. Returns int32 [Tq, K, num_selected], block numbers within the sample, ascending, then -1.
     """
     check_inputs("select_blocks", q, k_cmp, head_dim=q.shape[2], block_size=block_size)
     if not len(q):
         shape = (0, k_cmp.shape[1], num_selected)
         return torch.empty(shape, dtype=torch.int32, device=q.device)
     q, k_cmp = q.contiguous(), k_cmp.contiguous()
+    lengths = packed_lengths(q, k_cmp, cu_seqlens_q, cu_seqlens_k)
     # As many keys as there can be for this number of means: the last block may be incomplete.
-    at = streams_of(q, k_cmp, cu_q, cu_k)._replace(keys=(len(k_cmp) + 1) * block_size - 1)
+    lengths = lengths._replace(keys=(len(k_cmp) + 1) * block_size - 1)
     with torch.cuda.device_of(q):
         return choose_blocks(
-            q, k_cmp, (lse * LOG2_E).contiguous(), at, mean_starts(at.cu_k, block_size),
-            block_size, num_selected, num_initial, num_local, scale,
+            q, k_cmp, (lse * LOG2_E).contiguous(), lengths, mean_starts(lengths.cu_k, block_size),
+            block_size=block_size, num_selected=num_selected, num_initial=num_initial,
+            num_local=num_local, scale=scale,
         )  # fmt: skip

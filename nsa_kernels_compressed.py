@@ -12,13 +12,17 @@ from .nsa_kernels_primitives import (
     dot,
     dq_step,
     empty_softmax,
+    first_to_see,
     fitting,
     heads_of,
+    is_complete,
     load_keys,
     load_queries,
     load_rows,
     locate,
     mean_starts,
+    num_complete,
+    packed_lengths,
     query_tile,
     row_deltas,
     scales,
@@ -27,7 +31,6 @@ from .nsa_kernels_primitives import (
     stages,
     store_rows,
     store_softmax,
-    streams_of,
     tl,
     triton,
 )
@@ -43,6 +46,10 @@ def _mean_forward(
     k_ptr, v_ptr, k_mean_ptr, v_mean_ptr, cu_k_ptr, cu_mean_ptr, num_samples,
     K: tl.constexpr, D: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
+    """Owns: one block of one KV head, complete or not.
+    Reads: k, v [Tk, K, D] of its B tokens.
+    Writes: k_mean, v_mean [Tk // B, K, D], one row of each where the block is complete.
+    """
     sample, offset = locate(tl.program_id(0), cu_k_ptr, num_samples, B)
     kv_head = tl.program_id(1)
     start, length = span(sample, cu_k_ptr)
@@ -55,9 +62,9 @@ def _mean_forward(
             k_sum += tl.sum(k.to(tl.float32), 0)
             v_sum += tl.sum(v.to(tl.float32), 0)
         mean = (tl.load(cu_mean_ptr + sample) + offset // B).to(tl.int64) * K + kv_head
-        at = mean * D + tl.arange(0, D)
-        tl.store(k_mean_ptr + at, (k_sum / B).to(k_mean_ptr.dtype.element_ty))
-        tl.store(v_mean_ptr + at, (v_sum / B).to(v_mean_ptr.dtype.element_ty))
+        offsets = mean * D + tl.arange(0, D)
+        tl.store(k_mean_ptr + offsets, (k_sum / B).to(k_mean_ptr.dtype.element_ty))
+        tl.store(v_mean_ptr + offsets, (v_sum / B).to(v_mean_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["num_samples"])
@@ -65,14 +72,18 @@ def _mean_backward(
     dk_mean_ptr, dv_mean_ptr, dk_ptr, dv_ptr, cu_k_ptr, cu_mean_ptr, num_samples,
     K: tl.constexpr, D: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
+    """Owns: one block of one KV head, complete or not.
+    Reads: dk_mean, dv_mean [Tk // B, K, D], one row of each where the block is complete.
+    Writes: dk, dv [Tk, K, D] of its tokens, zero where the block is not complete.
+    """
     sample, offset = locate(tl.program_id(0), cu_k_ptr, num_samples, B)
     kv_head = tl.program_id(1)
     start, length = span(sample, cu_k_ptr)
     complete = offset + B <= length
     mean = (tl.load(cu_mean_ptr + sample) + offset // B).to(tl.int64) * K + kv_head
-    at = mean * D + tl.arange(0, D)
-    dk = tl.load(dk_mean_ptr + at, mask=complete, other=0.0).to(tl.float32) / B
-    dv = tl.load(dv_mean_ptr + at, mask=complete, other=0.0).to(tl.float32) / B
+    offsets = mean * D + tl.arange(0, D)
+    dk = tl.load(dk_mean_ptr + offsets, mask=complete, other=0.0).to(tl.float32) / B
+    dv = tl.load(dv_mean_ptr + offsets, mask=complete, other=0.0).to(tl.float32) / B
     for j in range(0, B, STEP):
         token = offset + j + tl.arange(0, STEP)
         rows = (start + token).to(tl.int64) * K + kv_head
@@ -80,18 +91,16 @@ def _mean_backward(
         store_rows(dv_ptr, rows, tl.broadcast_to(dv[None, :], [STEP, D]), token < length, D)
 
 
-@triton.jit
-def _is_complete(block, position, B: tl.constexpr):
-    """Whether the last token of each block is at or before the position."""
-    return (block + 1) * B - 1 <= position
-
-
 @triton.jit(do_not_specialize=["num_samples"])
 def _forward(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, num_samples, cu_mean_ptr, scale,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_mean_ptr, cu_q_ptr, cu_k_ptr, num_samples, scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
     ROWS: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
+    """Owns: a tile of ROWS queries of one head.
+    Reads: q [Tq, H, D] of the tile; the means k, v [means, K, D] that its queries see.
+    Writes: o [Tq, H, D] and base-2 lse [Tq, H] of the tile.
+    """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     head = tl.program_id(1)
     kv_head = head // (H // K)
@@ -106,8 +115,8 @@ def _forward(
     q = load_rows(q_ptr, rows, live, D)
     acc, row_max, row_sum = empty_softmax(ROWS, D)
     mean = tl.load(cu_mean_ptr + sample)
-    seen_by_some = (position + count) // B
-    seen_by_all = (position + 1) // B // MEANS * MEANS  # whole steps only
+    seen_by_some = num_complete(position + count - 1, B)
+    seen_by_all = num_complete(position, B) // MEANS * MEANS  # whole steps only
     for j in range(0, seen_by_all, MEANS):
         k, v = load_keys(k_ptr, v_ptr, mean + j + i, i < MEANS, kv_head, K, D)
         s = dot(q, tl.trans(k)) * scale
@@ -115,18 +124,22 @@ def _forward(
     for j in range(seen_by_all, seen_by_some, MEANS):
         k, v = load_keys(k_ptr, v_ptr, mean + j + i, j + i < seen_by_some, kv_head, K, D)
         s = dot(q, tl.trans(k)) * scale
-        s = tl.where(_is_complete((j + i)[None, :], t[:, None], B), s, float("-inf"))
+        s = tl.where(is_complete((j + i)[None, :], t[:, None], B), s, float("-inf"))
         acc, row_max, row_sum = softmax_step(s, v, acc, row_max, row_sum)
     store_softmax(o_ptr, lse_ptr, rows, live, acc, row_max, row_sum, D)
 
 
 @triton.jit(do_not_specialize=["num_samples"])
 def _dq(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, num_samples,
-    cu_mean_ptr, scale, dq_scale,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_mean_ptr, cu_q_ptr, cu_k_ptr,
+    num_samples, scale, dq_scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
     ROWS: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
+    """Owns: a tile of ROWS queries of one head.
+    Reads: q, do [Tq, H, D], lse, delta [Tq, H] of the tile; the means k, v [means, K, D] it sees.
+    Writes: dq [Tq, H, D] of the tile.
+    """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     kv_head = head // (H // K)
@@ -140,25 +153,29 @@ def _dq(
     dq = tl.zeros([ROWS, D], tl.float32)
     mean = tl.load(cu_mean_ptr + sample)
     i = tl.arange(0, MEANS)
-    seen_by_some = (position + count) // B
-    seen_by_all = (position + 1) // B // MEANS * MEANS
+    seen_by_some = num_complete(position + count - 1, B)
+    seen_by_all = num_complete(position, B) // MEANS * MEANS
     for j in range(0, seen_by_all, MEANS):
         k, v = load_keys(k_ptr, v_ptr, mean + j + i, i < MEANS, kv_head, K, D)
         dq = dq_step(dq, q, k, v, do, lse, delta, None, scale)
     for j in range(seen_by_all, seen_by_some, MEANS):
         k, v = load_keys(k_ptr, v_ptr, mean + j + i, j + i < seen_by_some, kv_head, K, D)
-        visible = _is_complete((j + i)[None, :], (position + r)[:, None], B)
+        visible = is_complete((j + i)[None, :], (position + r)[:, None], B)
         dq = dq_step(dq, q, k, v, do, lse, delta, visible, scale)
     store_rows(dq_ptr, rows, dq * dq_scale, live, D)
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_means"])
 def _dkv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
-    num_samples, cu_mean_ptr, num_means, scale, dk_scale,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_mean_ptr, cu_q_ptr,
+    cu_k_ptr, num_samples, num_means, scale, dk_scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
     ROWS: tl.constexpr, MEANS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    """Owns: a tile of MEANS means of one query head, and every PARTS-th tile of its queries.
+    Reads: k, v [means, K, D] of the tile; q, do [Tq, H, D], lse, delta [Tq, H] that see any.
+    Writes: float32 partial sums dk, dv [PARTS, means, H, D] of its part, tile and head.
+    """
     part, head = tl.program_id(0) % PARTS, tl.program_id(1)
     sample, offset = locate(tl.program_id(0) // PARTS, cu_mean_ptr, num_samples, MEANS)
     mean, complete = span(sample, cu_mean_ptr)
@@ -172,19 +189,19 @@ def _dkv(
     first, queries = span(sample, cu_q_ptr)
     _, keys = span(sample, cu_k_ptr)
     cached = keys - queries
-    start = tl.maximum((offset + 1) * B - 1, cached)  # of the first query that sees any
+    start = tl.maximum(first_to_see(offset, B), cached)
     # The first steps, of queries that do not see all means of the tile yet, come with a mask.
     all_see = tl.minimum(
         keys,
-        tl.cdiv(tl.maximum((offset + MEANS) * B - 1 - start, 0), PARTS * ROWS) * PARTS * ROWS
-        + start,
-    )
+        tl.cdiv(tl.maximum(first_to_see(offset + MEANS - 1, B) - start, 0), PARTS * ROWS)
+        * PARTS * ROWS + start,
+    )  # fmt: skip
     for j in range(start + part * ROWS, all_see, PARTS * ROWS):
         t = j + tl.arange(0, ROWS)
         live = t < keys
         rows = (first + t - cached).to(tl.int64) * H + head
         q, do, lse, delta = load_queries(q_ptr, do_ptr, lse_ptr, delta_ptr, rows, live, D)
-        visible = _is_complete(i[None, :], t[:, None], B)
+        visible = is_complete(i[None, :], t[:, None], B)
         dk, dv = dkv_step(dk, dv, q, k, v, do, lse, delta, visible, scale)
     for j in range(all_see + part * ROWS, keys, PARTS * ROWS):
         t = j + tl.arange(0, ROWS)
@@ -197,54 +214,55 @@ def _dkv(
     store_rows(dv_ptr, out, dv, real, D)
 
 
-def compressed_forward(q, k_mean, v_mean, at, cu_mean, block_size, scale):
+def compressed_forward(q, k_mean, v_mean, lengths, cu_mean, *, block_size, scale):
     """o [Tq, H, D] (zero where no block is complete yet) and base-2 lse [Tq, H] (+inf there)."""
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    rows = fitting(q, TILE_ROWS)
-    _forward[(at.query_tiles(rows), q.shape[1])](
-        q, k_mean, v_mean, o, lse, *at.arguments, cu_mean, scales(q, scale)[1], B=block_size,
+    rows, (_, scale) = fitting(q, TILE_ROWS), scales(q, scale)
+    _forward[(lengths.query_tiles(rows), q.shape[1])](
+        q, k_mean, v_mean, o, lse, cu_mean, **lengths.arguments, scale=scale, B=block_size,
         ROWS=rows, MEANS=fitting(q, MEANS), **heads_of(q, k_mean), num_warps=4,
         num_stages=stages(q, 3),
     )  # fmt: skip
     return o, lse
 
 
-def compressed_backward(q, k_mean, v_mean, do, lse, delta, at, cu_mean, block_size, scale):
+def compressed_backward(q, k_mean, v_mean, do, lse, delta, lengths, cu_mean, *, block_size, scale):
     """dq in q's dtype, and the gradients of the means in float32, undefined past the last mean."""
     dq = torch.empty_like(q)
     num_means, (score_scale, scale) = len(k_mean), scales(q, scale)
     rows, tile = fitting(q, TILE_ROWS), fitting(q, MEANS)
     fixed = dict(
-        B=block_size, ROWS=rows, MEANS=tile, **heads_of(q, k_mean), num_warps=4,
-        num_stages=stages(q, 2),
+        **lengths.arguments, scale=scale, B=block_size, ROWS=rows, MEANS=tile,
+        **heads_of(q, k_mean), num_warps=4, num_stages=stages(q, 2),
     )  # fmt: skip
     inputs = (q, k_mean, v_mean, do, lse, delta)
-    _dq[(at.query_tiles(rows), q.shape[1])](
-        *inputs, dq, *at.arguments, cu_mean, scale, score_scale, **fixed
+    _dq[(lengths.query_tiles(rows), q.shape[1])](
+        *inputs, dq, cu_mean, dq_scale=score_scale, **fixed
     )
     parts = min(QUERY_PARTS, max(1, PARTIAL_ROWS // max(1, num_means)))
     dk, dv = q.new_empty(2, parts, num_means, *q.shape[1:], dtype=torch.float32)
     if num_means:
-        _dkv[((num_means // tile + at.samples) * parts, q.shape[1])](
-            *inputs, dk, dv, *at.arguments, cu_mean, num_means, scale, score_scale,
-            PARTS=parts, **fixed,
+        _dkv[((num_means // tile + lengths.samples) * parts, q.shape[1])](
+            *inputs, dk, dv, cu_mean, num_means=num_means, dk_scale=score_scale, PARTS=parts,
+            **fixed,
         )  # fmt: skip
     kv_heads = k_mean.shape[1]
     return dq, *(x.unflatten(2, (kv_heads, -1)).sum((0, 3)) for x in (dk, dv))
 
 
-def means_forward(k, v, cu_k, cu_mean, block_size):
-    means = tuple(x.new_zeros(len(x) // block_size, *x.shape[1:]) for x in (k, v))
+def means_forward(k, v, cu_k, cu_mean, *, block_size):
+    """k_mean, v_mean [Tk // B, K, D]; rows past the last complete block are zero."""
+    k_mean, v_mean = (x.new_zeros(len(x) // block_size, *x.shape[1:]) for x in (k, v))
     _mean_forward[_mean_grid(k, cu_k, block_size)](
-        k, v, *means, cu_k, cu_mean, len(cu_k) - 1, **_mean_sizes(k, block_size)
+        k, v, k_mean, v_mean, **_mean_arguments(k, cu_k, cu_mean, block_size)
     )
-    return means
+    return k_mean, v_mean
 
 
-def means_backward(dk_mean, dv_mean, dk, dv, cu_k, cu_mean, block_size):
+def means_backward(dk_mean, dv_mean, dk, dv, cu_k, cu_mean, *, block_size):
     """Write to dk and dv, wholly, the gradients that reach them through the means."""
     _mean_backward[_mean_grid(dk, cu_k, block_size)](
-        dk_mean, dv_mean, dk, dv, cu_k, cu_mean, len(cu_k) - 1, **_mean_sizes(dk, block_size)
+        dk_mean, dv_mean, dk, dv, **_mean_arguments(dk, cu_k, cu_mean, block_size)
     )
 
 
@@ -252,8 +270,11 @@ def _mean_grid(k, cu_k, block_size):
     return (len(k) // block_size + len(cu_k) - 1, k.shape[1])
 
 
-def _mean_sizes(k, block_size):
-    return {"K": k.shape[1], "D": k.shape[2], "B": block_size, "STEP": min(64, block_size)}
+def _mean_arguments(k, cu_k, cu_mean, block_size):
+    return {
+        "cu_k_ptr": cu_k, "cu_mean_ptr": cu_mean, "num_samples": len(cu_k) - 1,
+        "K": k.shape[1], "D": k.shape[2], "B": block_size, "STEP": min(64, block_size),
+    }  # fmt: skip
 
 
 class _CompressBlocks(torch.autograd.Function):
@@ -263,7 +284,7 @@ class _CompressBlocks(torch.autograd.Function):
         ctx.save_for_backward(cu_k, cu_mean)
         ctx.shape, ctx.block_size = k.shape, block_size
         with torch.cuda.device_of(k):
-            return means_forward(k, v, cu_k, cu_mean, block_size)
+            return means_forward(k, v, cu_k, cu_mean, block_size=block_size)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -271,18 +292,19 @@ class _CompressBlocks(torch.autograd.Function):
         cu_k, cu_mean = ctx.saved_tensors
         dk_mean, dv_mean = dk_mean.contiguous(), dv_mean.contiguous()
         dk, dv = dk_mean.new_empty(ctx.shape), dv_mean.new_empty(ctx.shape)
-        means_backward(dk_mean, dv_mean, dk, dv, cu_k, cu_mean, ctx.block_size)
+        means_backward(dk_mean, dv_mean, dk, dv, cu_k, cu_mean, block_size=ctx.block_size)
         return dk, dv, None, None
 
 
 class _CompressedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k_mean, v_mean, at, block_size, scale):
-        cu_mean = mean_starts(at.cu_k, block_size)
+    def forward(ctx, q, k_mean, v_mean, lengths, block_size, scale):
+        cu_mean = mean_starts(lengths.cu_k, block_size)
+        ctx.lengths, ctx.cu_mean = lengths, cu_mean
+        ctx.settings = {"block_size": block_size, "scale": scale}
         with torch.cuda.device_of(q):
-            o, lse = compressed_forward(q, k_mean, v_mean, at, cu_mean, block_size, scale)
+            o, lse = compressed_forward(q, k_mean, v_mean, lengths, cu_mean, **ctx.settings)
         ctx.save_for_backward(q, k_mean, v_mean, o, lse)
-        ctx.at, ctx.cu_mean, ctx.sizes = at, cu_mean, (block_size, scale)
         natural = lse * LN_2
         ctx.mark_non_differentiable(natural)
         return o, natural
@@ -293,8 +315,9 @@ class _CompressedAttention(torch.autograd.Function):
         q, k_mean, v_mean, o, lse = ctx.saved_tensors
         do = do.contiguous()
         dq, dk_mean, dv_mean = compressed_backward(
-            q, k_mean, v_mean, do, lse, row_deltas(do, o), ctx.at, ctx.cu_mean, *ctx.sizes
-        )
+            q, k_mean, v_mean, do, lse, row_deltas(do, o), ctx.lengths, ctx.cu_mean,
+            **ctx.settings,
+        )  # fmt: skip
         used = torch.arange(len(k_mean), device=q.device) < ctx.cu_mean[-1]
         dk_mean, dv_mean = (
             torch.where(used[:, None, None], x, 0).to(q.dtype) for x in (dk_mean, dv_mean)
@@ -302,7 +325,9 @@ class _CompressedAttention(torch.autograd.Function):
         return dq, dk_mean, dv_mean, None, None, None
 
 
-def compress_blocks(k, v, cu_k, *, block_size):
+def compress_blocks(
+    k: torch.Tensor, v: torch.Tensor, cu_seqlens_k: torch.Tensor, *, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Means of k and v over each complete block of `block_size` tokens (VideoNSA, section 2.2).
 
     k, v [Tk, K, D]. Returns k_cmp, v_cmp [Tk // block_size, K, D]: the blocks of the first
@@ -311,16 +336,25 @@ def compress_blocks(k, v, cu_k, *, block_size):
     """
     check_inputs("compress_blocks", k, v, head_dim=k.shape[2], block_size=block_size)
     k, v = k.contiguous(), v.contiguous()
-    cu_k = cu_k.to(k.device, torch.int32).contiguous()
+    cu_k = cu_seqlens_k.to(k.device, torch.int32).contiguous()
     return _CompressBlocks.apply(k, v, cu_k, block_size)
 
 
-def compressed_attention(q, k_cmp, v_cmp, cu_q, cu_k, *, block_size, scale=None):
+def compressed_attention(
+    q: torch.Tensor,
+    k_cmp: torch.Tensor,
+    v_cmp: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the means of the blocks that are complete at the query.
 
-    q [Tq, H, D]; k_cmp, v_cmp as `compress_blocks` returns them. Returns o [Tq, H, D], zero where
-    no block is visible, and the natural log-sum-exp of the scaled scores, float32 [Tq, H], +inf
-    where no block is visible. Differentiable through o.
+    q [Tq, H, D]; k_cmp, v_cmp [means, K, D] as `compress_blocks` returns them. Returns o
+    [Tq, H, D], zero where no block is visible, and the natural log-sum-exp of the scaled scores,
+    float32 [Tq, H], +inf where no block is visible. Differentiable through o.
     """
     check_inputs(
         "compressed_attention", q, k_cmp, v_cmp, head_dim=q.shape[2], block_size=block_size
@@ -329,5 +363,5 @@ def compressed_attention(q, k_cmp, v_cmp, cu_q, cu_k, *, block_size, scale=None)
         return torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.float32)
     q, k_cmp, v_cmp = q.contiguous(), k_cmp.contiguous(), v_cmp.contiguous()
     # The number of keys only bounds the grids of other branches; this one counts means.
-    at = streams_of(q, k_cmp, cu_q, cu_k)
-    return _CompressedAttention.apply(q, k_cmp, v_cmp, at, block_size, scale)
+    lengths = packed_lengths(q, k_cmp, cu_seqlens_q, cu_seqlens_k)
+    return _CompressedAttention.apply(q, k_cmp, v_cmp, lengths, block_size, scale)

@@ -19,6 +19,7 @@ from .nsa_kernels_primitives import (
     load_queries,
     load_rows,
     locate,
+    packed_lengths,
     packed_rows,
     query_tile,
     row_deltas,
@@ -28,13 +29,13 @@ from .nsa_kernels_primitives import (
     stages,
     store_rows,
     store_softmax,
-    streams_of,
     tile_of,
     tl,
     triton,
 )
 
 KEYS = 64  # per step
+MERGE_ROWS = 16  # per program
 PROGRAMS = 528  # wanted at least: four for each multiprocessor of an H100
 
 
@@ -53,6 +54,10 @@ def _forward(
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    """Owns: a tile of QUERIES queries with all heads of a group, and one share of their keys.
+    Reads: q [Tq, H, D] and positions [Tq] of the tile; k, v [Tk, K, D] of the share.
+    Writes: the share's o [num_splits, Tq, H, D] and base-2 lse [num_splits, Tq, H] of the tile.
+    """
     split, kv_head = tl.program_id(1), tl.program_id(2)
     sample, first, count, _ = query_tile(tl.program_id(0), cu_q_ptr, cu_k_ptr, num_samples, QUERIES)
     if count <= 0:
@@ -79,6 +84,10 @@ def _merge(
     parts_ptr, part_lse_ptr, o_ptr, lse_ptr, num_splits, num_rows,
     D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Owns: ROWS rows, each one query and head; num_rows = Tq * H.
+    Reads: the parts float32 [num_splits, num_rows, D] and their base-2 lse [num_splits, num_rows].
+    Writes: o [num_rows, D] and base-2 lse [num_rows].
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < num_rows
     acc, row_max, row_sum = empty_softmax(ROWS, D)
@@ -102,6 +111,10 @@ def _dq(
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    """Owns: a tile of QUERIES queries with all heads of a group, and one share of their keys.
+    Reads: q, do [Tq, H, D], positions [Tq], lse, delta [Tq, H] of the tile; k, v [Tk, K, D].
+    Writes: the share's part of dq, float32 [num_splits, Tq, H, D], of the tile.
+    """
     split, kv_head = tl.program_id(1), tl.program_id(2)
     sample, first, count, _ = query_tile(tl.program_id(0), cu_q_ptr, cu_k_ptr, num_samples, QUERIES)
     if count <= 0:
@@ -128,6 +141,11 @@ def _dkv(
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    """Owns: a tile of KEYS keys of one KV head.
+    Reads: k, v [Tk, K, D] of the tile; q, do [Tq, H, D], positions [Tq], lse, delta [Tq, H] of
+    all queries of the sample.
+    Writes: dk, dv [Tk, K, D] of the tile.
+    """
     kv_head = tl.program_id(1)
     sample, offset = locate(tl.program_id(0), cu_k_ptr, num_samples, KEYS)
     start, keys = span(sample, cu_k_ptr)
@@ -158,18 +176,18 @@ def _sizes(q, k, wanted_stages):
     )  # fmt: skip
 
 
-def _grid(sizes, k, at):
+def _grid(sizes, k, lengths):
     """Tiles of queries, splits of their keys, key/value heads."""
-    tiles = at.query_tiles(sizes["QUERIES"])
+    tiles = lengths.query_tiles(sizes["QUERIES"])
     splits = triton.cdiv(PROGRAMS, tiles * k.shape[1])
-    return tiles, min(splits, triton.cdiv(at.keys, 4 * KEYS)), k.shape[1]
+    return tiles, min(splits, triton.cdiv(lengths.keys, 4 * KEYS)), k.shape[1]
 
 
 class _DenseAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, positions, at, scale):
+    def forward(ctx, q, k, v, positions, lengths, scale):
         sizes = _sizes(q, k, 3)
-        grid = _grid(sizes, k, at)
+        grid = _grid(sizes, k, lengths)
         splits, rows = grid[1], q.shape[0] * q.shape[1]
         o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
         parts, part_lse = o, lse
@@ -178,45 +196,60 @@ class _DenseAttention(torch.autograd.Function):
             part_lse = q.new_empty(splits, *q.shape[:2], dtype=torch.float32)
         with torch.cuda.device_of(q):
             _forward[grid](
-                q, k, v, positions, parts, part_lse, *at.arguments, splits, rows,
-                scales(q, scale)[1], **sizes,
+                q, k, v, positions, parts, part_lse, **lengths.arguments, num_splits=splits,
+                num_rows=rows, scale=scales(q, scale)[1], **sizes,
             )  # fmt: skip
             if splits > 1:
-                _merge[(triton.cdiv(rows, 16),)](
-                    parts, part_lse, o, lse, splits, rows, D=q.shape[2], ROWS=16
-                )
+                _merge[(triton.cdiv(rows, MERGE_ROWS),)](
+                    parts, part_lse, o, lse, num_splits=splits, num_rows=rows, D=q.shape[2],
+                    ROWS=MERGE_ROWS,
+                )  # fmt: skip
         ctx.save_for_backward(q, k, v, positions, o, lse)
-        ctx.at, ctx.scale = at, scale
+        ctx.lengths, ctx.scale = lengths, scale
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, positions, o, lse = ctx.saved_tensors
-        at, (score_scale, scale) = ctx.at, scales(q, ctx.scale)
+        lengths, (score_scale, scale) = ctx.lengths, scales(q, ctx.scale)
         do = do.contiguous()
         inputs = (q, k, v, positions, do, lse, row_deltas(do, o))
         sizes = _sizes(q, k, 2)
-        grid = _grid(sizes, k, at)
+        grid = _grid(sizes, k, lengths)
         splits, rows = grid[1], q.shape[0] * q.shape[1]
         dq = q.new_empty(splits, *q.shape, dtype=torch.float32)
-        _dq[grid](*inputs, dq, *at.arguments, splits, rows, scale, score_scale, **sizes)
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-        _dkv[(at.key_blocks(sizes["KEYS"]), k.shape[1])](
-            *inputs, dk, dv, *at.arguments, scale, score_scale, **sizes
+        _dq[grid](
+            *inputs, dq, **lengths.arguments, num_splits=splits, num_rows=rows, scale=scale,
+            dq_scale=score_scale, **sizes,
         )  # fmt: skip
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        _dkv[(lengths.key_blocks(sizes["KEYS"]), k.shape[1])](
+            *inputs, dk, dv, **lengths.arguments, scale=scale, dk_scale=score_scale, **sizes
+        )
         return dq.sum(0).to(q.dtype), dk, dv, None, None, None
 
 
-def dense_attention(q, k, v, positions, cu_q, cu_k, *, scale=None):
+def dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    scale: float | None = None,
+) -> torch.Tensor:
     """Causal softmax attention of queries at given positions to all keys of their sample.
 
-    positions int [Tq]: where each query stands among its sample's keys; it sees the keys up to
-    and including that one. Returns o [Tq, H, D]. Differentiable in q, k, v.
+    q [Tq, H, D]; k, v [Tk, K, D]; positions int [Tq]: where each query stands among its sample's
+    keys; it sees the keys up to and including that one. Returns o [Tq, H, D]. Differentiable in
+    q, k, v.
     """
     check_inputs("dense_attention", q, k, v, head_dim=q.shape[2])
     if not len(q):
         return torch.zeros_like(q)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     positions = positions.to(q.device, torch.int32).contiguous()
-    return _DenseAttention.apply(q, k, v, positions, streams_of(q, k, cu_q, cu_k), scale)
+    lengths = packed_lengths(q, k, cu_seqlens_q, cu_seqlens_k)
+    return _DenseAttention.apply(q, k, v, positions, lengths, scale)

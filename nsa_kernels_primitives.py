@@ -4,6 +4,8 @@ Shapes: T tokens, H query heads, K key/value heads, G = H // K, D head size, B b
         q and o are [T, H, D], k and v [T, K, D], contiguous, so the kernels take no strides.
 Row numbers: query row t * H + h, key row t * K + kv_head, in int64 before they are multiplied.
 Tiles: a tile never crosses samples (`locate`), so a sample's results do not depend on the others.
+Pointers: `x_ptr` of a kernel is the tensor x; cu_q and cu_k are cu_seqlens_q and cu_seqlens_k, and
+        cu_mean numbers the means of complete blocks in the same way.
 Softmax: base 2. `scale` is log2(e) times the scale of the scores, every lse a base-2 logarithm.
 Lengths stay run-time values that never specialise, so no new length compiles anything (but for the
 choice of blocks, once for each doubling of the longest), and no length is read back to the host:
@@ -37,11 +39,11 @@ FLOAT32_TILE = 16  # a float32 product is one instruction per multiplication: sm
 LOG2_E = 1.4426950408889634
 
 
-class Streams(NamedTuple):
+class PackedLengths(NamedTuple):
     """The lengths of the packed samples, on the device, and what the host knows of them."""
 
-    cu_q: torch.Tensor  # int32 [samples + 1]
-    cu_k: torch.Tensor
+    cu_q: torch.Tensor  # int32 [samples + 1], cumulative
+    cu_k: torch.Tensor  # the same of the keys
     queries: int  # of all samples
     keys: int
 
@@ -51,8 +53,8 @@ class Streams(NamedTuple):
 
     @property
     def arguments(self):
-        """What every kernel takes to find its sample."""
-        return self.cu_q, self.cu_k, self.samples
+        """What a kernel takes to find its sample, by name."""
+        return {"cu_q_ptr": self.cu_q, "cu_k_ptr": self.cu_k, "num_samples": self.samples}
 
     def query_tiles(self, size):
         """How many tile numbers of `size` queries there are (see `locate`)."""
@@ -97,9 +99,10 @@ def check_inputs(name, *tensors, head_dim=None, block_size=None):
         )
 
 
-def streams_of(q, k, cu_q, cu_k):
-    cu_q, cu_k = (x.to(q.device, torch.int32).contiguous() for x in (cu_q, cu_k))
-    return Streams(cu_q, cu_k, len(q), len(k))
+def packed_lengths(q, k, cu_seqlens_q, cu_seqlens_k):
+    """`PackedLengths` of q [Tq, ...] and k [Tk, ...], on their device."""
+    cu_q, cu_k = (x.to(q.device, torch.int32).contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
+    return PackedLengths(cu_q, cu_k, len(q), len(k))
 
 
 def mean_starts(cu_k, block_size):
@@ -180,6 +183,24 @@ def query_tile(tile, cu_q_ptr, cu_k_ptr, num_samples, SIZE: tl.constexpr):
 
 
 @triton.jit
+def first_to_see(block, B: tl.constexpr):
+    """Position of the first query that sees a block's mean: its last token (`is_complete`)."""
+    return (block + 1) * B - 1
+
+
+@triton.jit
+def is_complete(block, position, B: tl.constexpr):
+    """Whether a query sees a block's mean: nsa_reference.is_complete, for the kernels."""
+    return first_to_see(block, B) <= position
+
+
+@triton.jit
+def num_complete(position, B: tl.constexpr):
+    """How many blocks a query sees the means of: 0 ... num_complete - 1 are complete."""
+    return (position + 1) // B
+
+
+@triton.jit
 def packed_rows(first, count, kv_head, H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr):
     """Rows of a tile of `count` queries with all heads of a group: query, row number, is real."""
     r = tl.arange(0, ROWS)
@@ -190,15 +211,15 @@ def packed_rows(first, count, kv_head, H: tl.constexpr, G: tl.constexpr, ROWS: t
 @triton.jit
 def load_rows(ptr, rows, mask, D: tl.constexpr):
     """Rows [R] of a [*, D] tensor as a tile [R, D], zero where masked."""
-    at = ptr + rows[:, None] * D + tl.arange(0, D)[None, :]
-    return tl.load(at, mask=mask[:, None], other=0.0)
+    ptrs = ptr + rows[:, None] * D + tl.arange(0, D)[None, :]
+    return tl.load(ptrs, mask=mask[:, None], other=0.0)
 
 
 @triton.jit
 def store_rows(ptr, rows, tile, mask, D: tl.constexpr):
     """The opposite of `load_rows`; rounds to the tensor's dtype."""
-    at = ptr + rows[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(at, tile.to(ptr.dtype.element_ty), mask=mask[:, None])
+    ptrs = ptr + rows[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
@@ -230,6 +251,7 @@ def dot(a, b):
 
 @triton.jit
 def dot_add(a, b, acc):
+    """acc + a @ b, as `dot`."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
 

@@ -20,6 +20,7 @@ from .nsa_kernels_primitives import (
     load_queries,
     load_rows,
     locate,
+    packed_lengths,
     packed_rows,
     query_tile,
     row_deltas,
@@ -28,7 +29,6 @@ from .nsa_kernels_primitives import (
     span,
     stages,
     store_rows,
-    streams_of,
     tile_of,
     tl,
     triton,
@@ -40,11 +40,13 @@ DKV_KEYS = 64
 
 @triton.jit
 def _in_window(position, key, WINDOW: tl.constexpr):
+    """Whether the key is one of the WINDOW last tokens at the position, its own counted."""
     return (key <= position) & (key > position - WINDOW)
 
 
 @triton.jit
 def _gate(gates_ptr, rows, live, BRANCH: tl.constexpr):
+    """The gates of one branch, float32 [rows, 1], from gates [Tq, H, 3]."""
     return tl.load(gates_ptr + rows * 3 + BRANCH, mask=live, other=0.0).to(tl.float32)[:, None]
 
 
@@ -55,6 +57,12 @@ def _forward(
     WINDOW: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    """Owns: a tile of QUERIES queries with all heads of one KV head's group.
+    Reads: q [Tq, H, D] of the tile, k, v [Tk, K, D] of its window; for the gated sum also gates
+    [Tq, H, 3] and the outputs compressed, selected [Tq, H, D].
+    Writes: o [Tq, H, D] and base-2 lse [Tq, H] unless o_ptr is None; the sum of the three
+    branches [Tq, H, D] unless sum_ptr is None.
+    """
     kv_head = tl.program_id(1)
     sample, first, count, position = query_tile(
         tl.program_id(0), cu_q_ptr, cu_k_ptr, num_samples, QUERIES
@@ -93,6 +101,10 @@ def _dq(
     WINDOW: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    """Owns: a tile of QUERIES queries with all heads of one KV head's group.
+    Reads: q, do [Tq, H, D], lse, delta [Tq, H] of the tile; k, v [Tk, K, D] of its window.
+    Writes: adds to dq [Tq, H, D] of the tile.
+    """
     kv_head = tl.program_id(1)
     sample, first, count, position = query_tile(
         tl.program_id(0), cu_q_ptr, cu_k_ptr, num_samples, QUERIES
@@ -119,6 +131,10 @@ def _dkv(
     WINDOW: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    """Owns: a tile of KEYS keys of one KV head.
+    Reads: k, v [Tk, K, D] of the tile; q, do [Tq, H, D], lse, delta [Tq, H] whose window meets it.
+    Writes: adds to dk, dv [Tk, K, D] of the tile.
+    """
     kv_head = tl.program_id(1)
     sample, offset = locate(tl.program_id(0), cu_k_ptr, num_samples, KEYS)
     start, length = span(sample, cu_k_ptr)
@@ -153,7 +169,7 @@ def _sizes(q, k, window_size, wanted_stages):
     )  # fmt: skip
 
 
-def window_forward(q, k, v, at, window_size, scale, gated=None, keep=True):
+def window_forward(q, k, v, lengths, *, window_size, scale, gated=None, keep=True):
     """o [Tq, H, D] and base-2 lse [Tq, H], or None for both where not kept.
 
     With `gated`, gates [Tq, H, 3] and the outputs of the compressed and the selected branch, also
@@ -163,38 +179,41 @@ def window_forward(q, k, v, at, window_size, scale, gated=None, keep=True):
     o = torch.empty_like(q) if keep else None
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if keep else None
     total = torch.empty_like(q) if gated else None
-    _forward[(at.query_tiles(sizes["QUERIES"]), k.shape[1])](
-        q, k, v, o, lse, *(gated or (None, None, None)), total, *at.arguments,
-        scales(q, scale)[1], maxnreg=for_three_programs(q), **sizes,
+    gates, compressed, selected = gated or (None, None, None)
+    _forward[(lengths.query_tiles(sizes["QUERIES"]), k.shape[1])](
+        q, k, v, o, lse, gates, compressed, selected, total, **lengths.arguments,
+        scale=scales(q, scale)[1], maxnreg=for_three_programs(q), **sizes,
     )  # fmt: skip
     return o, lse, total
 
 
-def window_dq(q, k, v, do, lse, delta, dq, at, window_size, scale):
+def window_dq(q, k, v, do, lse, delta, dq, lengths, *, window_size, scale):
     """Add this branch's gradient to dq in place."""
     sizes = _sizes(q, k, window_size, 2)
     score_scale, scale = scales(q, scale)
-    _dq[(at.query_tiles(sizes["QUERIES"]), k.shape[1])](
-        q, k, v, do, lse, delta, dq, *at.arguments, scale, score_scale, **sizes
-    )
+    _dq[(lengths.query_tiles(sizes["QUERIES"]), k.shape[1])](
+        q, k, v, do, lse, delta, dq, **lengths.arguments, scale=scale, dq_scale=score_scale,
+        **sizes,
+    )  # fmt: skip
 
 
-def window_dkv(q, k, v, do, lse, delta, dk, dv, at, window_size, scale):
+def window_dkv(q, k, v, do, lse, delta, dk, dv, lengths, *, window_size, scale):
     """Add this branch's gradients to dk and dv in place."""
     keys, (score_scale, scale) = fitting(q, DKV_KEYS), scales(q, scale)
-    _dkv[(at.key_blocks(keys), k.shape[1])](
-        q, k, v, do, lse, delta, dk, dv, *at.arguments, scale, score_scale,
-        **(_sizes(q, k, window_size, 2) | {"KEYS": keys}),
+    sizes = _sizes(q, k, window_size, 2) | {"KEYS": keys}
+    _dkv[(lengths.key_blocks(keys), k.shape[1])](
+        q, k, v, do, lse, delta, dk, dv, **lengths.arguments, scale=scale, dk_scale=score_scale,
+        **sizes,
     )  # fmt: skip
 
 
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, at, window_size, scale):
+    def forward(ctx, q, k, v, lengths, window_size, scale):
+        ctx.lengths, ctx.settings = lengths, {"window_size": window_size, "scale": scale}
         with torch.cuda.device_of(q):
-            o, lse, _ = window_forward(q, k, v, at, window_size, scale)
+            o, lse, _ = window_forward(q, k, v, lengths, **ctx.settings)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.at, ctx.sizes = at, (window_size, scale)
         return o
 
     @staticmethod
@@ -204,18 +223,28 @@ class _WindowAttention(torch.autograd.Function):
         do = do.contiguous()
         inputs = (q, k, v, do, lse, row_deltas(do, o))
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-        window_dq(*inputs, dq, ctx.at, *ctx.sizes)
-        window_dkv(*inputs, dk, dv, ctx.at, *ctx.sizes)
+        window_dq(*inputs, dq, ctx.lengths, **ctx.settings)
+        window_dkv(*inputs, dk, dv, ctx.lengths, **ctx.settings)
         return dq, dk, dv, None, None, None
 
 
-def window_attention(q, k, v, cu_q, cu_k, *, window_size, scale=None):
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    window_size: int,
+    scale: float | None = None,
+) -> torch.Tensor:
     """Softmax attention to the last `window_size` tokens, the query's own counted (eq. 5).
 
-    Returns o [Tq, H, D]. Differentiable in q, k, v.
+    q [Tq, H, D]; k, v [Tk, K, D]. Returns o [Tq, H, D]. Differentiable in q, k, v.
     """
     check_inputs("window_attention", q, k, v, head_dim=q.shape[2])
     if not len(q):
         return torch.zeros_like(q)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return _WindowAttention.apply(q, k, v, streams_of(q, k, cu_q, cu_k), window_size, scale)
+    lengths = packed_lengths(q, k, cu_seqlens_q, cu_seqlens_k)
+    return _WindowAttention.apply(q, k, v, lengths, window_size, scale)

@@ -2,14 +2,15 @@
 
     o_j = g_cmp * compressed(j) + g_slc * selected(j) + g_win * window(j)        (VideoNSA, eq. 5)
 
-Every function works on packed streams: the vision tokens of several samples, one after the other,
-without padding. Positions, blocks and windows count within a sample's own stream.
+Every function works on packed samples: the vision tokens of several samples, one after the other,
+without padding. Positions, blocks and windows count within a sample's own tokens.
 
 Shapes: T tokens, H query heads, K key/value heads, G = H // K, D head size, B block size,
         S selected blocks, N keys of one sample.
         q is [Tq, H, D], k and v are [Tk, K, D]; head h reads key/value head h // G.
-Lengths: cu_q and cu_k are int32 [samples + 1], cumulative, from 0 to Tq and Tk. A sample may have
-        fewer queries than keys (the earlier ones are cached); its queries are then its last ones.
+Lengths: cu_seqlens_q and cu_seqlens_k are int [samples + 1], cumulative, from 0 to Tq and Tk. A
+        sample may have fewer queries than keys (the earlier ones are cached); its queries are then
+        its last ones.
 Numbers: any floating dtype, any device. Scores and softmax are computed in float32 (float64 for
         float64 inputs) and the probabilities are rounded to the inputs' dtype before they meet v.
 Memory: queries are taken in chunks, so it grows with the number of keys, not with its square.
@@ -20,18 +21,20 @@ import torch
 CHUNK_ELEMENTS = 2**21  # the largest intermediate of one chunk of queries; fits a CPU's cache
 
 
-def compress_blocks(k, v, cu_k, *, block_size):
+def compress_blocks(
+    k: torch.Tensor, v: torch.Tensor, cu_seqlens_k: torch.Tensor, *, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Means of k and v over each complete block of `block_size` tokens (VideoNSA, section 2.2).
 
     k, v [Tk, K, D]. Returns k_cmp, v_cmp [Tk // block_size, K, D]: the blocks of the first
-    sample, then of the second, and so on; sample s has (cu_k[s + 1] - cu_k[s]) // block_size of
-    them. Rows past the last block are zero. Differentiable in k and v.
+    sample, then of the second, and so on; a sample of n keys has n // block_size of them. Rows past
+    the last block are zero. Differentiable in k and v.
     """
     means = []
     for x in (k, v):
         blocks = [
             x[start : end - (end - start) % block_size].unflatten(0, (-1, block_size))
-            for start, end in _spans(cu_k)
+            for start, end in _spans(cu_seqlens_k)
             if end - start >= block_size
         ]
         mean = torch.cat([block.to(_exact(x)).mean(1) for block in blocks]) if blocks else x[:0]
@@ -40,18 +43,29 @@ def compress_blocks(k, v, cu_k, *, block_size):
     return tuple(means)
 
 
-def compressed_attention(q, k_cmp, v_cmp, cu_q, cu_k, *, block_size, scale=None):
+def compressed_attention(
+    q: torch.Tensor,
+    k_cmp: torch.Tensor,
+    v_cmp: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the means of the blocks that are complete at the query.
 
-    q [Tq, H, D]; k_cmp, v_cmp [*, K, D] as `compress_blocks` returns them. Block i is visible at
-    position j when its last token is: (i + 1) * block_size - 1 <= j. Returns o [Tq, H, D], zero
-    where no block is visible, and the natural log-sum-exp of the scaled scores, float32 (or
-    float64) [Tq, H], +inf where no block is visible. Differentiable through o.
+    q [Tq, H, D]; k_cmp, v_cmp [means, K, D] as `compress_blocks` returns them; `is_complete` says
+    which are visible. Returns o [Tq, H, D], zero where no block is visible, and the natural
+    log-sum-exp of the scaled scores, float32 (or float64) [Tq, H], +inf where no block is visible.
+    Differentiable through o.
     """
     scale = _scale(q, scale)
     outputs, sums = [], []
-    for queries, blocks, positions in _chunks(q, cu_q, cu_k, block_size, per_query=q.shape[1]):
-        visible = _is_complete(len(k_cmp[blocks]), positions, block_size)
+    for queries, blocks, positions in _chunks(
+        q, cu_seqlens_q, cu_seqlens_k, block_size, per_query=q.shape[1]
+    ):
+        visible = is_complete(len(k_cmp[blocks]), positions, block_size)
         o, lse = _attend(q[queries], k_cmp[blocks], v_cmp[blocks], visible, scale, with_lse=True)
         outputs.append(o)
         sums.append(lse)
@@ -62,33 +76,35 @@ def compressed_attention(q, k_cmp, v_cmp, cu_q, cu_k, *, block_size, scale=None)
 
 @torch.no_grad()
 def select_blocks(
-    q,
-    k_cmp,
-    lse,
-    cu_q,
-    cu_k,
+    q: torch.Tensor,
+    k_cmp: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
     *,
-    block_size,
-    num_selected,
-    num_initial=0,
-    num_local=1,
-    scale=None,
-):
+    block_size: int,
+    num_selected: int,
+    num_initial: int = 0,
+    num_local: int = 1,
+    scale: float | None = None,
+) -> torch.Tensor:
     """The blocks that each query attends to, chosen per key/value head (VideoNSA, eq. 3-4).
 
-    q [Tq, H, D]; k_cmp and lse as for and from `compressed_attention`. The first `num_initial`
-    blocks and the `num_local` ones that end with the query's own are always chosen; the rest of
-    the `num_selected` are the past blocks of largest importance, the sum over the group's heads
-    of the compressed branch's probabilities. Equal importances go to the lower index.
-    Returns int32 [Tq, K, num_selected], block numbers within the sample, ascending, then -1.
+    q [Tq, H, D]; k_cmp [means, K, D] and lse [Tq, H] as for and from `compressed_attention`. The
+    first `num_initial` blocks and the `num_local` ones that end with the query's own are always
+    chosen; the rest of the `num_selected` are the past blocks of largest importance, the sum over
+    the group's heads of the compressed branch's probabilities. Equal importances go to the lower
+    index. Returns int32 [Tq, K, num_selected], block numbers within the sample, ascending, then -1.
     """
     scale = _scale(q, scale)
     group = q.shape[1] // k_cmp.shape[1]
     chosen = []
     per_query = q.shape[1] * q.shape[2]
-    for queries, blocks, positions in _chunks(q, cu_q, cu_k, block_size, per_query=per_query):
+    for queries, blocks, positions in _chunks(
+        q, cu_seqlens_q, cu_seqlens_k, block_size, per_query=per_query
+    ):
         keys = k_cmp[blocks].to(_exact(q)).transpose(0, 1)  # [K, blocks, D]
-        visible = _is_complete(keys.shape[1], positions, block_size)[:, None]
+        visible = is_complete(keys.shape[1], positions, block_size)[:, None]
         importance = 0  # [t, K, blocks]
         for head in range(group):
             # A product and a sum, because a matrix product may round equal columns differently,
@@ -110,18 +126,31 @@ def select_blocks(
     return torch.cat(chosen)
 
 
-def selected_attention(q, k, v, blocks, cu_q, cu_k, *, block_size, scale=None):
+def selected_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+) -> torch.Tensor:
     """Causal softmax attention over the tokens of the chosen blocks.
 
-    blocks int32 [Tq, K, S] as from `select_blocks`, constant; -1, in any slot, is an unused one.
-    Returns o [Tq, H, D], zero where no token is visible. Differentiable in q, k, v.
+    q [Tq, H, D]; k, v [Tk, K, D]; blocks int32 [Tq, K, S] as from `select_blocks`, constant; -1,
+    in any slot, is an unused one. Returns o [Tq, H, D], zero where no token is visible.
+    Differentiable in q, k, v.
     """
     scale = _scale(q, scale)
     group = q.shape[1] // k.shape[1]
     slots = blocks.shape[2] * block_size
     outputs = []
     per_query = slots * k.shape[1] * k.shape[2]
-    for queries, keys, positions in _chunks(q, cu_q, cu_k, 1, per_query=per_query, per_key=0):
+    for queries, keys, positions in _chunks(
+        q, cu_seqlens_q, cu_seqlens_k, 1, per_query=per_query, per_key=0
+    ):
         first = blocks[queries].long().unsqueeze(-1) * block_size
         token = first + torch.arange(block_size, device=q.device)  # [t, K, S, B]
         token = token.flatten(2)
@@ -135,16 +164,31 @@ def selected_attention(q, k, v, blocks, cu_q, cu_k, *, block_size, scale=None):
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
 
 
-def window_attention(q, k, v, cu_q, cu_k, *, window_size, scale=None):
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    window_size: int,
+    scale: float | None = None,
+) -> torch.Tensor:
     """Softmax attention to the last `window_size` tokens, the query's own counted (eq. 5).
 
-    Returns o [Tq, H, D]. Differentiable in q, k, v.
+    q [Tq, H, D]; k, v [Tk, K, D]. Returns o [Tq, H, D]. Differentiable in q, k, v.
     """
     scale = _scale(q, scale)
     outputs = []
     per_query = 2 * window_size * q.shape[1]
     for queries, keys, positions in _chunks(
-        q, cu_q, cu_k, 1, per_query=per_query, per_key=0, at_most=max(window_size, 256)
+        q,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        1,
+        per_query=per_query,
+        per_key=0,
+        at_most=max(window_size, 256),
     ):
         # The chunk's queries share one run of keys: first window's start to last query.
         start = keys.start + max(0, int(positions[0]) - window_size + 1)
@@ -156,15 +200,25 @@ def window_attention(q, k, v, cu_q, cu_k, *, window_size, scale=None):
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
 
 
-def dense_attention(q, k, v, positions, cu_q, cu_k, *, scale=None):
+def dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    scale: float | None = None,
+) -> torch.Tensor:
     """Causal softmax attention of queries at given positions to all keys of their sample.
 
-    positions int [Tq]: where each query stands among its sample's keys; it sees the keys up to
-    and including that one. Returns o [Tq, H, D]. Differentiable in q, k, v.
+    q [Tq, H, D]; k, v [Tk, K, D]; positions int [Tq]: where each query stands among its sample's
+    keys; it sees the keys up to and including that one. Returns o [Tq, H, D]. Differentiable in
+    q, k, v.
     """
     scale = _scale(q, scale)
     outputs = []
-    for queries, keys, _ in _chunks(q, cu_q, cu_k, 1, per_query=q.shape[1]):
+    for queries, keys, _ in _chunks(q, cu_seqlens_q, cu_seqlens_k, 1, per_query=q.shape[1]):
         key_positions = torch.arange(keys.stop - keys.start, device=q.device)
         visible = key_positions <= positions[queries, None]
         outputs.append(_attend(q[queries], k[keys], v[keys], visible, scale))
@@ -181,56 +235,90 @@ def gate_weights(logits, temperature):
 
 
 def nsa_attention(
-    q,
-    k,
-    v,
-    gates,
-    cu_q,
-    cu_k,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gates: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
     *,
-    block_size,
-    num_selected,
-    window_size,
-    num_initial=0,
-    num_local=1,
-    scale=None,
-):
+    block_size: int,
+    num_selected: int,
+    window_size: int,
+    num_initial: int = 0,
+    num_local: int = 1,
+    scale: float | None = None,
+) -> torch.Tensor:
     """The three branches, each weighted by its gate (VideoNSA, section 2.1).
 
     q [Tq, H, D]; k, v [Tk, K, D]; gates [Tq, H, 3], the weights of the compressed, the selected
     and the window branch. Returns o [Tq, H, D]. Differentiable in q, k, v and gates, not through
     the choice of the blocks.
     """
-    check_streams(q, k, v, cu_q, cu_k)
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if gates.shape != (*q.shape[:2], 3):
         raise ValueError(
             f"gates has shape {tuple(gates.shape)}; wanted one weight per query, head and branch, "
             f"{(*q.shape[:2], 3)}."
         )
-    k_cmp, v_cmp = compress_blocks(k, v, cu_k, block_size=block_size)
+    k_cmp, v_cmp = compress_blocks(k, v, cu_seqlens_k, block_size=block_size)
     compressed, lse = compressed_attention(
-        q, k_cmp, v_cmp, cu_q, cu_k, block_size=block_size, scale=scale
+        q, k_cmp, v_cmp, cu_seqlens_q, cu_seqlens_k, block_size=block_size, scale=scale
     )
     blocks = select_blocks(
         q,
         k_cmp,
         lse,
-        cu_q,
-        cu_k,
+        cu_seqlens_q,
+        cu_seqlens_k,
         block_size=block_size,
         num_selected=num_selected,
         num_initial=num_initial,
         num_local=num_local,
         scale=scale,
     )
-    selected = selected_attention(q, k, v, blocks, cu_q, cu_k, block_size=block_size, scale=scale)
-    window = window_attention(q, k, v, cu_q, cu_k, window_size=window_size, scale=scale)
+    selected = selected_attention(
+        q, k, v, blocks, cu_seqlens_q, cu_seqlens_k, block_size=block_size, scale=scale
+    )
+    window = window_attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, window_size=window_size, scale=scale
+    )
     branches = torch.stack([compressed, selected, window], dim=-1)  # [Tq, H, D, 3]
     return (branches * gates.to(q.dtype).unsqueeze(2)).sum(-1)
 
 
-def check_streams(q, k, v, cu_q, cu_k):
-    """Raise a ValueError where q, k and v are not packed streams of matching shapes."""
+def is_complete(num_blocks: int, positions: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Which of a sample's first blocks have a mean that queries at positions [t] see.
+
+    Block i is visible at position j when its last token is: (i + 1) * block_size - 1 <= j. Returns
+    bool [t, num_blocks].
+    """
+    last = torch.arange(1, num_blocks + 1, device=positions.device) * block_size - 1
+    return last <= positions[:, None]
+
+
+def count_visits(
+    positions: torch.Tensor, *, block_size: int, num_selected: int, window_size: int
+) -> torch.Tensor:
+    """How many keys the queries at positions [t] of one sample visit: int64 [t, 3], by branch.
+
+    The compressed branch visits means, the other two tokens.
+    """
+    block, offset = positions // block_size, positions % block_size
+    compressed = (positions + 1) // block_size  # as many as `is_complete`
+    selected = block.clamp(max=num_selected - 1) * block_size + offset + 1
+    window = (positions + 1).clamp(max=window_size)
+    return torch.stack([compressed, selected, window], dim=-1)
+
+
+def check_packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+) -> None:
+    """Raise a ValueError where q, k and v are not packed samples of matching shapes."""
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; "
@@ -241,10 +329,11 @@ def check_streams(q, k, v, cu_q, cu_k):
             f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly; "
             "the first must be a multiple of the second."
         )
-    if cu_q.ndim != 1 or cu_q.shape != cu_k.shape:
+    if cu_seqlens_q.ndim != 1 or cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
-            f"cu_q and cu_k have shapes {tuple(cu_q.shape)} and {tuple(cu_k.shape)}; wanted one "
-            "cumulative length per sample and a leading zero in both."
+            f"cu_seqlens_q and cu_seqlens_k have shapes {tuple(cu_seqlens_q.shape)} and "
+            f"{tuple(cu_seqlens_k.shape)}; wanted one cumulative length per sample and a leading "
+            "zero in both."
         )
 
 
@@ -254,7 +343,9 @@ def _spans(cumulative):
     return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
-def _chunks(q, cu_q, cu_k, block_size, *, per_query, per_key=1, at_most=CHUNK_ELEMENTS):
+def _chunks(
+    q, cu_seqlens_q, cu_seqlens_k, block_size, *, per_query, per_key=1, at_most=CHUNK_ELEMENTS
+):
     """Runs of queries of one sample that keep every intermediate under CHUNK_ELEMENTS.
 
     Yields (slice of the queries, slice of the sample's keys, positions [t] of the queries). With
@@ -263,7 +354,9 @@ def _chunks(q, cu_q, cu_k, block_size, *, per_query, per_key=1, at_most=CHUNK_EL
     has no more than `at_most` queries.
     """
     first_key = 0
-    for (q_start, q_end), (k_start, k_end) in zip(_spans(cu_q), _spans(cu_k), strict=True):
+    for (q_start, q_end), (k_start, k_end) in zip(
+        _spans(cu_seqlens_q), _spans(cu_seqlens_k), strict=True
+    ):
         queries, tokens = q_end - q_start, k_end - k_start
         if queries > tokens:
             raise ValueError(
@@ -278,12 +371,6 @@ def _chunks(q, cu_q, cu_k, block_size, *, per_query, per_key=1, at_most=CHUNK_EL
             end = min(start + step, q_end)
             positions = torch.arange(start, end, device=q.device) + (tokens - q_end)
             yield slice(start, end), keys, positions
-
-
-def _is_complete(num_blocks, positions, block_size):
-    """[t, blocks]: whether each block's last token is at or before the query."""
-    last = torch.arange(1, num_blocks + 1, device=positions.device) * block_size - 1
-    return last <= positions[:, None]
 
 
 def _largest(importance, count):

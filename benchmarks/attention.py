@@ -143,8 +143,8 @@ class replaced_choice:  # noqa: N801
             self.blocks = random_blocks(tokens, kv_heads, 0.75 if name == "shared" else 0.0)
 
     def __enter__(self):
-        def choose(*args):
-            self.last = choose_blocks(*args)
+        def choose(*args, **settings):
+            self.last = choose_blocks(*args, **settings)
             if self.blocks is not None:
                 self.last = self.blocks
             return self.last

@@ -25,6 +25,7 @@ CODE_FILES = (
     "nsa_kernels_dense.py",
     "nsa_kernels_primitives.py",
     "nsa_kernels_selected.py",
+    "nsa_kernels_tiles.py",
     "nsa_kernels_window.py",
     "processing_videonsa.py",
     "video_plan_videonsa.py",

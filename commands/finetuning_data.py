@@ -27,6 +27,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers.image_utils import load_image
 
+from nsa_reference import count_visits
+
 ROLES = {"human": "user", "gpt": "assistant"}
 MEDIA = ("image", "video")
 TAG = re.compile(r"\s*<(image|video)>\s*")
@@ -419,13 +421,11 @@ def key_visits(vision, config):
 
     vision: bool per token. A key in several branches counts once in each.
     """
-    position = torch.arange(len(vision))
-    dense = (position + 1).sum()
-    stream = torch.arange(int(vision.sum()))
-    block = stream // config.nsa_block_size
-    compressed = (stream + 1) // config.nsa_block_size
-    past = block.clamp(max=config.nsa_num_selected_blocks - 1) * config.nsa_block_size
-    selected = past + stream % config.nsa_block_size + 1
-    window = (stream + 1).clamp(max=config.nsa_window_size)
-    sparse = (compressed + selected + window).sum()
-    return int(sparse + (position + 1)[~vision].sum()), int(dense)
+    dense = torch.arange(1, len(vision) + 1)
+    sparse = count_visits(
+        torch.arange(int(vision.sum())),
+        block_size=config.nsa_block_size,
+        num_selected=config.nsa_num_selected_blocks,
+        window_size=config.nsa_window_size,
+    )
+    return int(sparse.sum() + dense[~vision].sum()), int(dense.sum())

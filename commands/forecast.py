@@ -17,13 +17,13 @@ import torch
 
 GIB = 2**30
 
-# The prompt goes through the layers in chunks of so many tokens, ...
+# The prompt goes through the layers in chunks of so many tokens (modeling_videonsa.py), ...
 PREFILL_CHUNK_TOKENS = 16384
 # ... of which each takes so many activations of each size while a layer's MLP runs, ...
 MLP_HIDDEN_ROWS, MLP_INTERMEDIATE_ROWS = 4, 3
 # ... and so many while its attention runs. Above so many vision tokens its kernels keep the
-# selected branch's partial results of so many queries, and the importance of so many blocks to each
-# of them, in float32 for each key/value head.
+# selected branch's partial results of so many queries (nsa_kernels_tiles.py), and the importance of
+# so many blocks to each of them, in float32 for each key/value head.
 ATTENTION_HIDDEN_ROWS = 8
 KERNEL_FROM, KERNEL_QUERIES, KERNEL_BLOCKS = 8192, 9216, 2048
 # The vision tower takes the videos in chunks of so many tokens (of four patches), ...

@@ -1,4 +1,4 @@
-"""Packed test streams, and the error budget: at most twice eager PyTorch's own error."""
+"""Packed test samples, and the error budget: at most twice eager PyTorch's own error."""
 
 import itertools
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a packed stream; `cached` are the keys of each sample that have no query."""
+    """Sizes of packed samples; `cached` are the keys of each sample that have no query."""
 
     lengths: tuple[int, ...]
     heads: int = 14
@@ -46,7 +46,7 @@ def cumulative(lengths, device="cpu"):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def streams(case, dtype=torch.float64, seed=42, device="cpu"):
+def packed(case, dtype=torch.float64, seed=42, device="cpu"):
     """Random q, k, v, gates and the cumulative lengths of queries and keys."""
     generator = torch.Generator().manual_seed(seed)
     queries = [length - min(case.cached, length) for length in case.lengths]

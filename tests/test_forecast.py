@@ -6,9 +6,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from videonsa.configuration_videonsa import VideoNSAConfig
-from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+from videonsa.modeling_videonsa import PREFILL_CHUNK_SIZE, VideoNSAForConditionalGeneration
+from videonsa.nsa_kernels_tiles import ALL_HOT_UP_TO, CHUNK_QUERIES
 
-from commands.forecast import GIB, cache_bytes, count_parameters, forecast
+from commands.forecast import (
+    GIB,
+    KERNEL_FROM,
+    KERNEL_QUERIES,
+    PREFILL_CHUNK_TOKENS,
+    cache_bytes,
+    count_parameters,
+    forecast,
+)
 from paths import ROOT
 
 VISION_7B = {"hidden_size": 1280, "out_hidden_size": 3584, "intermediate_size": 3420, "depth": 32}
@@ -45,6 +54,12 @@ def test_parameters_are_counted_exactly(name):
     model.tie_weights()
     assert count_parameters(config) == sum(weight.numel() for weight in model.parameters())
     assert name != "7B" or round(count_parameters(config) / 1e9, 2) == 8.66
+
+
+def test_chunks_are_those_of_the_model():
+    """The forecast keeps copies, because it takes a configuration and loads no model."""
+    assert PREFILL_CHUNK_TOKENS == PREFILL_CHUNK_SIZE
+    assert (KERNEL_FROM, KERNEL_QUERIES) == (ALL_HOT_UP_TO, CHUNK_QUERIES)
 
 
 def test_the_cache_is_counted_exactly():

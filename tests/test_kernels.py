@@ -19,12 +19,12 @@ from paths import ROOT
 
 pytest.importorskip("triton")
 
-from numerics import Case, assert_as_accurate, cumulative, streams
+from numerics import Case, assert_as_accurate, cumulative, packed
 from videonsa import nsa_kernels as kernels
 from videonsa import nsa_kernels_choice as choice
 from videonsa import nsa_kernels_dense as dense
 from videonsa import nsa_kernels_primitives as primitives
-from videonsa import nsa_kernels_selected as selected
+from videonsa import nsa_kernels_tiles as tiles
 from videonsa import nsa_reference as reference
 
 GPU = torch.cuda.is_available()
@@ -112,8 +112,8 @@ def hybrid(request, monkeypatch):
 
 
 def use_hybrid(monkeypatch):
-    monkeypatch.setattr(selected, "ALL_HOT_UP_TO", 0)
-    monkeypatch.setattr(selected, "CHUNK", 500 if GPU else 20)
+    monkeypatch.setattr(tiles, "ALL_HOT_UP_TO", 0)
+    monkeypatch.setattr(tiles, "CHUNK_QUERIES", 500 if GPU else 20)
 
 
 def run(function, tensors, toward):
@@ -160,8 +160,8 @@ def recorded(function, monkeypatch):
     """A list that what the layer gets from the named function is appended to."""
     record, original = [], getattr(kernels, function)
 
-    def call(*args):
-        record.append(original(*args))
+    def call(*args, **settings):
+        record.append(original(*args, **settings))
         return record[-1]
 
     monkeypatch.setattr(kernels, function, call)
@@ -174,7 +174,7 @@ def slack(dtype):
 
 
 def check_layer(case, dtype, monkeypatch, change=None):
-    q, k, v, gates, cu_q, cu_k = streams(case, dtype, device=DEVICE)
+    q, k, v, gates, cu_q, cu_k = packed(case, dtype, device=DEVICE)
     if change:
         change(q, k, v, gates)
     record, do = recorded("choose_blocks", monkeypatch), toward(q)
@@ -267,7 +267,7 @@ def choose(module, q, k, v, cu_q, cu_k, case):
 
 def check_choice(case, dtype):
     """Choices equal those of float64 sums of the same means, except where scores tie."""
-    q, k, v, _, cu_q, cu_k = streams(case, dtype, device=DEVICE)
+    q, k, v, _, cu_q, cu_k = packed(case, dtype, device=DEVICE)
     blocks, k_cmp, _ = choose(kernels, q, k, v, cu_q, cu_k, case)
     options = {key: value for key, value in case.sizes.items() if key != "window_size"}
     q, k_cmp = q.double(), k_cmp.double()
@@ -316,7 +316,7 @@ def test_choice_equals_float64_at_the_models_sizes(case):
 
 def equal_blocks(case, dtype):
     """All keys equal, with values whose products are exact in any order of summation."""
-    q, k, v, gates, cu_q, cu_k = streams(case, dtype, device=DEVICE)
+    q, k, v, gates, cu_q, cu_k = packed(case, dtype, device=DEVICE)
     q, k = q.round().clamp(-3, 3), k[:1].sign().expand_as(k)
     return q, k.contiguous(), v, gates, cu_q, cu_k
 
@@ -369,7 +369,7 @@ def test_samples_shorter_than_a_block(heads, kv_heads):
     case = full((1, 2, 3, 7, 8, 9, 15), heads, kv_heads)
     if not GPU:
         case = tiny((1, 7, 8, 15), heads, kv_heads, block_size=16, num_selected=2, window_size=16)
-    q, k, v, gates, cu_q, cu_k = streams(case, torch.float32, device=DEVICE)
+    q, k, v, gates, cu_q, cu_k = packed(case, torch.float32, device=DEVICE)
     positions = causal_positions(cu_q, cu_k)
     wanted = run(
         lambda *x: reference.dense_attention(*x, positions, cu_q, cu_k), (q, k, v), toward(q)
@@ -391,7 +391,7 @@ def test_samples_shorter_than_a_block(heads, kv_heads):
 def test_unused_slots_may_come_first(hybrid):
     case = full((300,)) if GPU else tiny((40,), num_selected=4)
     dtype = torch.bfloat16 if GPU else torch.float32
-    q, k, v, _, cu_q, cu_k = streams(case, dtype, device=DEVICE)
+    q, k, v, _, cu_q, cu_k = packed(case, dtype, device=DEVICE)
     own = torch.arange(len(q), device=DEVICE)[:, None] // case.block_size
     late = torch.full((len(q), case.kv_heads, case.num_selected), -1, device=DEVICE).int()
     half = case.num_selected // 2
@@ -414,7 +414,7 @@ def test_unused_slots_may_come_first(hybrid):
 
 def test_empty_samples_change_no_bit():
     case = full((70, 130)) if GPU else tiny((20, 30))
-    *tensors, cu, _ = streams(case, torch.float32, device=DEVICE)
+    *tensors, cu, _ = packed(case, torch.float32, device=DEVICE)
     padded = cu[[0, 0, 1, 1, 2, 2]]
 
     def layer(cu):
@@ -426,7 +426,7 @@ def test_empty_samples_change_no_bit():
 
 
 def test_no_queries_at_all():
-    q, k, v, gates, cu_q, cu_k = streams(tiny((20,), cached=20), torch.float32, device=DEVICE)
+    q, k, v, gates, cu_q, cu_k = packed(tiny((20,), cached=20), torch.float32, device=DEVICE)
     case = tiny((20,))
     assert kernels.nsa_attention(q, k, v, gates, cu_q, cu_k, **case.sizes).shape == (0, 7, 16)
     positions = torch.zeros(0, dtype=torch.int64, device=DEVICE)
@@ -437,7 +437,7 @@ def test_no_queries_at_all():
 def test_gradients_as_autograd_makes_them():
     """Stride 0, transposed, contiguous: the same gradients."""
     case = full((300,)) if GPU else tiny((20,))
-    q, k, v, gates, cu_q, cu_k = streams(case, torch.float32, device=DEVICE)
+    q, k, v, gates, cu_q, cu_k = packed(case, torch.float32, device=DEVICE)
     ones = torch.ones_like(q)
     shapes = (
         ones,
@@ -455,7 +455,7 @@ def test_gradients_as_autograd_makes_them():
 @sizes("token", [8, 13])
 def test_the_past_does_not_see_the_future(token):
     case = tiny((30,))
-    *tensors, cu_q, cu_k = streams(case, torch.float32, device=DEVICE)
+    *tensors, cu_q, cu_k = packed(case, torch.float32, device=DEVICE)
     before = kernels.nsa_attention(*tensors, cu_q, cu_k, **case.sizes)
     for tensor in tensors[:3]:
         tensor[token:] += 7
@@ -466,14 +466,14 @@ def test_the_past_does_not_see_the_future(token):
 
 def check_dense(case, rows, dtype):
     """Every `rows`-th token of each sample asks, the last ones more densely."""
-    _, k, v, _, _, cu_k = streams(case, dtype, device=DEVICE)
+    _, k, v, _, _, cu_k = packed(case, dtype, device=DEVICE)
     kept = [
         torch.arange(n)[(torch.arange(n) % rows == 0) | (torch.arange(n) > n - 5)]
         for n in case.lengths
     ]
     cu_q = cumulative([len(x) for x in kept], DEVICE)
     positions = torch.cat(kept).to(DEVICE)
-    q = streams(replace(case, lengths=(len(positions),)), dtype, seed=7, device=DEVICE)[0]
+    q = packed(replace(case, lengths=(len(positions),)), dtype, seed=7, device=DEVICE)[0]
     got = run(lambda *x: kernels.dense_attention(*x, positions, cu_q, cu_k), (q, k, v), toward(q))
     again = run(lambda *x: kernels.dense_attention(*x, positions, cu_q, cu_k), (q, k, v), toward(q))
     eager, exact = (
@@ -535,7 +535,7 @@ def test_long_streams(layout):
 @gpu
 def test_a_layer_never_waits_for_the_device_nor_compiles_for_a_length():
     def step(lengths):
-        *tensors, cu_q, cu_k = streams(full(lengths), torch.bfloat16, device="cuda")
+        *tensors, cu_q, cu_k = packed(full(lengths), torch.bfloat16, device="cuda")
         tensors = [x.requires_grad_() for x in tensors]
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -578,7 +578,7 @@ def test_what_the_kernels_cannot_do_is_named(change, message):
     dtype = change.pop("dtype", torch.float32)
     gates = change.pop("gates", None)
     case = tiny((9,), **change)
-    *tensors, cu_q, cu_k = streams(case, dtype, device=DEVICE)
+    *tensors, cu_q, cu_k = packed(case, dtype, device=DEVICE)
     if gates is not None:
         tensors[3] = gates
     with pytest.raises(ValueError, match=message):

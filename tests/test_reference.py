@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from numerics import Case, cumulative, streams
+from numerics import Case, cumulative, packed
 from videonsa import nsa_reference as nsa
 
 GROUPS = [(4, 4), (14, 2), (16, 2), (16, 1)]  # G = 1, 7, 8, 16
@@ -90,7 +90,7 @@ def dense(q, k, v, gates_unused, cu_q, cu_k):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_output_choice_and_gradients_equal_the_loop(case, chunk, monkeypatch):
     monkeypatch.setattr(nsa, "CHUNK_ELEMENTS", chunk)
-    *tensors, cu_q, cu_k = streams(case)
+    *tensors, cu_q, cu_k = packed(case)
     for tensor in tensors:
         tensor.requires_grad_()
     expected, expected_choice = brute_force(*tensors, cu_q, cu_k, case)
@@ -109,7 +109,7 @@ def test_output_choice_and_gradients_equal_the_loop(case, chunk, monkeypatch):
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 65])
 def test_selecting_every_block_is_dense(length, heads, kv_heads):
     case = Case((length,), heads, kv_heads, num_selected=8)
-    q, k, v, gates, cu_q, cu_k = streams(case)
+    q, k, v, gates, cu_q, cu_k = packed(case)
     gates[:] = torch.tensor([0.0, 1.0, 0.0])
     actual = nsa.nsa_attention(q, k, v, gates, cu_q, cu_k, **case.sizes)
     torch.testing.assert_close(actual, dense(q, k, v, gates, cu_q, cu_k), atol=1e-12, rtol=0)
@@ -119,7 +119,7 @@ def test_selecting_every_block_is_dense(length, heads, kv_heads):
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 65])
 def test_a_window_over_everything_is_dense(length, heads, kv_heads):
     case = Case((length, 20), heads, kv_heads, window_size=65)
-    q, k, v, gates, cu_q, cu_k = streams(case)
+    q, k, v, gates, cu_q, cu_k = packed(case)
     gates[:] = torch.tensor([0.0, 0.0, 1.0])
     actual = nsa.nsa_attention(q, k, v, gates, cu_q, cu_k, **case.sizes)
     torch.testing.assert_close(actual, dense(q, k, v, gates, cu_q, cu_k), atol=1e-12, rtol=0)
@@ -129,7 +129,7 @@ def test_a_window_over_everything_is_dense(length, heads, kv_heads):
 @pytest.mark.parametrize("token", [15, 16, 17, 63, 64])
 def test_the_past_does_not_see_the_future(token, heads, kv_heads):
     case = Case((97,), heads, kv_heads)
-    *tensors, cu_q, cu_k = streams(case)
+    *tensors, cu_q, cu_k = packed(case)
     before = nsa.nsa_attention(*tensors, cu_q, cu_k, **case.sizes)
     for tensor in tensors[:3]:
         tensor[token:] += 7.0
@@ -140,7 +140,7 @@ def test_the_past_does_not_see_the_future(token, heads, kv_heads):
 
 def test_samples_do_not_touch_each_other():
     case = Case((70, 33, 90))
-    *tensors, cu_q, cu_k = streams(case)
+    *tensors, cu_q, cu_k = packed(case)
     together = nsa.nsa_attention(*tensors, cu_q, cu_k, **case.sizes)
     for start, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
         alone = cumulative([end - start])
@@ -151,7 +151,7 @@ def test_samples_do_not_touch_each_other():
 
 def test_cached_queries_equal_the_last_of_the_whole():
     case = Case((100,))
-    q, k, v, gates, cu_q, cu_k = streams(case)
+    q, k, v, gates, cu_q, cu_k = packed(case)
     whole = nsa.nsa_attention(q, k, v, gates, cu_q, cu_k, **case.sizes)
     for first in (1, 16, 50, 99):
         part = nsa.nsa_attention(
@@ -163,7 +163,7 @@ def test_cached_queries_equal_the_last_of_the_whole():
 def test_a_group_shares_one_choice_that_every_head_has_a_say_in():
     """The importance is the sum over the heads: a head alone would choose otherwise."""
     case = Case((200,), num_selected=2)
-    q, k, v, _, cu_q, cu_k = streams(case)
+    q, k, v, _, cu_q, cu_k = packed(case)
     together = choose(q, k, v, cu_q, cu_k, case)
     assert together.shape == (200, 2, 2)
     alone = choose(q[:, [0, 7]], k, v, cu_q, cu_k, replace(case, heads=2))
@@ -173,7 +173,7 @@ def test_a_group_shares_one_choice_that_every_head_has_a_say_in():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_equal_importances_go_to_the_lower_index(dtype):
     case = Case((16 * 21 + 5,), num_selected=4)
-    q, k, v, _, cu_q, cu_k = streams(case, dtype)
+    q, k, v, _, cu_q, cu_k = packed(case, dtype)
     k[:] = k[:1]
     choice = choose(q, k, v, cu_q, cu_k, case)
     for j, row in enumerate(choice[:, 0].tolist()):
@@ -184,7 +184,7 @@ def test_equal_importances_go_to_the_lower_index(dtype):
 
 def test_unused_slots_may_come_first():
     case = Case((70,))
-    q, k, v, _, cu_q, cu_k = streams(case)
+    q, k, v, _, cu_q, cu_k = packed(case)
     choice = choose(q, k, v, cu_q, cu_k, case)
     turned = choice.flip(-1)
     assert (turned[:16, :, 0] == -1).all()
@@ -194,7 +194,7 @@ def test_unused_slots_may_come_first():
 
 
 def test_empty_samples_change_nothing():
-    q, k, v, gates, cu, _ = streams(Case((70, 130)))
+    q, k, v, gates, cu, _ = packed(Case((70, 130)))
     padded = torch.tensor([0, 0, 70, 70, 200, 200], dtype=torch.int32)
     sizes = Case((1,)).sizes
     expected = nsa.nsa_attention(q, k, v, gates, cu, cu, **sizes)
@@ -203,7 +203,7 @@ def test_empty_samples_change_nothing():
 
 def test_without_a_complete_block_the_compressed_branch_is_zero_and_passes_no_gradient():
     case = Case((15, 3))
-    q, k, v, _, cu_q, cu_k = streams(case)
+    q, k, v, _, cu_q, cu_k = packed(case)
     for tensor in (q, k, v):
         tensor.requires_grad_()
     k_cmp, v_cmp = nsa.compress_blocks(k, v, cu_k, block_size=16)
@@ -215,14 +215,14 @@ def test_without_a_complete_block_the_compressed_branch_is_zero_and_passes_no_gr
 
 def test_no_tokens_at_all():
     case = Case((0,))
-    *tensors, cu_q, cu_k = streams(case)
+    *tensors, cu_q, cu_k = packed(case)
     assert nsa.nsa_attention(*tensors, cu_q, cu_k, **case.sizes).shape == (0, 14, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_precision_stays_near_float64(dtype):
     case = Case((150, 70))
-    *tensors, cu_q, cu_k = streams(case, dtype)
+    *tensors, cu_q, cu_k = packed(case, dtype)
     exact = nsa.nsa_attention(*(x.double() for x in tensors), cu_q, cu_k, **case.sizes)
     actual = nsa.nsa_attention(*tensors, cu_q, cu_k, **case.sizes)
     assert actual.dtype == dtype
@@ -244,7 +244,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch):
 
     monkeypatch.setattr(nsa, "CHUNK_ELEMENTS", 2**15)
     case = Case((2000,), heads=2, kv_heads=2)
-    *tensors, cu_q, cu_k = streams(case)
+    *tensors, cu_q, cu_k = packed(case)
     with Watch(), torch.no_grad():
         nsa.nsa_attention(*tensors, cu_q, cu_k, **case.sizes)
     assert largest < 2000 * 2000 / 4
@@ -256,12 +256,12 @@ def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch):
         ({"k": torch.zeros(9, 3, 16), "v": torch.zeros(9, 3, 16)}, "14 query heads cannot share 3"),
         ({"v": torch.zeros(9, 2, 8)}, "q, k and v have shapes"),
         ({"gates": torch.zeros(9, 14)}, "gates has shape"),
-        ({"cu_k": torch.tensor([0, 4, 9])}, "cu_q and cu_k have shapes"),
-        ({"cu_k": torch.tensor([0, 5])}, "9 queries but 5 keys"),
+        ({"cu_seqlens_k": torch.tensor([0, 4, 9])}, "cu_seqlens_q and cu_seqlens_k have"),
+        ({"cu_seqlens_k": torch.tensor([0, 5])}, "9 queries but 5 keys"),
     ],
 )
 def test_wrong_shapes_are_named(change, message):
-    names = ("q", "k", "v", "gates", "cu_q", "cu_k")
-    arguments = dict(zip(names, streams(Case((9,)), torch.float32), strict=True)) | change
+    names = ("q", "k", "v", "gates", "cu_seqlens_q", "cu_seqlens_k")
+    arguments = dict(zip(names, packed(Case((9,)), torch.float32), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         nsa.nsa_attention(**arguments, **Case((9,)).sizes)

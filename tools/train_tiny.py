@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset
+from videonsa.nsa_reference import is_complete
 
 import make_clips
 from make_clips import COLOURS, DIRECTIONS, KINDS, SAMPLED_FPS, SHAPES, SIZE
@@ -111,7 +112,7 @@ def sparse_attention(q, k, v, gates):
 
     kc, vc = (x.unflatten(2, (-1, block)).mean(3) for x in (k, v))
     scores = q.unflatten(1, (groups, -1)) @ kc[:, :, None].mT / math.sqrt(dim)
-    complete = (i + 1) * block - 1 <= j[:, None]  # [N, C]
+    complete = is_complete(len(i), j, block)  # [N, C]
     scores = scores.float().masked_fill(~complete, -math.inf)
     weights = scores.softmax(-1).nan_to_num(0.0)  # [B, K, G, N, C]; no block visible: zeros
     compressed = (weights.to(v.dtype) @ vc[:, :, None]).flatten(1, 2)
