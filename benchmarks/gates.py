@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
@@ -30,40 +30,44 @@ SECONDS = 16  # 32 frames
 DEVICE = torch.device("cpu")
 
 
-def tune(p, steps, *, clips, lr, seed, sparse):
-    """Train the language model's parameters of `p` in place, on clips of every length."""
+def load(folder, sparse):
+    model = train_tiny.load(folder, DEVICE)
+    model.config.text_config.nsa_enabled = sparse
+    return model
+
+
+def tune(model, steps, *, clips, lr, seed):
+    """Train the language model in place, on clips of every length."""
     words, rng = train_tiny.Words(), random.Random(f"gates/{seed}")
-    prompt = torch.tensor(words.ids(train_tiny.PROMPT))
     generator = torch.Generator().manual_seed(seed)
-    trained = {name: x for name, x in p.items() if "model.visual." not in name}
-    optimizer = torch.optim.AdamW(trained.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    trained = [*model.model.language_model.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
         batch = train_tiny.clip_batch(words, rng, rng.choice((4, 8, SECONDS)), clips)
-        logits, labels = train_tiny.clip_logits(p, prompt, batch, DEVICE, generator, sparse)
+        logits, labels = train_tiny.clip_logits(model, batch, DEVICE, generator)
         loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10, 2 * (1 - step / steps))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([x for x in trained.values() if x.grad is not None], 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
 
 @torch.no_grad()
-def measure(p, clips, sparse):
+def measure(model, clips):
     """(loss of the answers' tokens, percent of whole answers right)."""
     words, rng = train_tiny.Words(), random.Random("gates/measure")
-    prompt = torch.tensor(words.ids(train_tiny.PROMPT))
     generator, losses, right = torch.Generator().manual_seed(0), [], []
     for _ in range(clips // 4):
         batch = train_tiny.clip_batch(words, rng, SECONDS, 4)
-        logits, labels = train_tiny.clip_logits(p, prompt, batch, DEVICE, generator, sparse)
+        logits, labels = train_tiny.clip_logits(model, batch, DEVICE, generator)
         losses.append(F.cross_entropy(logits.flatten(0, -2), labels.flatten()).item())
         whole = ((logits.argmax(-1) == labels) | (labels < 0)).all(-1)
         right.append(whole.float().mean().item())
     return sum(losses) / len(losses), 100 * sum(right) / len(right)
 
 
-def save_stock(p, folder):
+def save_stock(model, folder):
     """The parameters without gates as a Qwen2.5-VL checkpoint, with the root's other files."""
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -77,7 +81,9 @@ def save_stock(p, folder):
     config["text_config"] = {k: v for k, v in text.items() if not k.startswith("nsa_")}
     config["text_config"]["model_type"] = "qwen2_5_vl_text"
     (folder / "config.json").write_text(json.dumps(config))
-    weights = {name: x.detach().clone() for name, x in p.items() if ".g_proj_" not in name}
+    weights = {
+        name: x.detach().clone() for name, x in model.named_parameters() if ".g_proj_" not in name
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -93,23 +99,22 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    def show(name, p, sparse):
-        loss, right = measure(p, args.clips, sparse)
+    def show(name, model):
+        loss, right = measure(model, args.clips)
         print(f"{name:40} loss {loss:.4f}, {right:5.1f} % right", flush=True)
 
     began = time.time()
-    p = train_tiny.load(args.model, DEVICE)
-    tune(p, args.dense_steps, clips=2, lr=args.lr, seed=1, sparse=False)
-    show("dense", p, False)
+    model = load(args.model, sparse=False)
+    tune(model, args.dense_steps, clips=2, lr=args.lr, seed=1)
+    show("dense", model)
     with tempfile.TemporaryDirectory() as place:
-        save_stock(p, Path(place, "dense"))
+        save_stock(model, Path(place, "dense"))
         for gates in ("even", "random"):
             convert(Path(place, "dense"), Path(place, gates), gates=gates)
-            weights = load_file(Path(place, gates, "model.safetensors"))
             for questions in (0, *args.questions):
-                p = {name: x.clone().requires_grad_() for name, x in weights.items()}
-                tune(p, questions // 32, clips=4, lr=args.lr, seed=2, sparse=True)
-                show(f"{gates} gates, {questions} questions", p, True)
+                model = load(Path(place, gates), sparse=True)
+                tune(model, questions // 32, clips=4, lr=args.lr, seed=2)
+                show(f"{gates} gates, {questions} questions", model)
     print(f"{time.time() - began:.0f} s on a CPU with {torch.get_num_threads()} threads")
 
 

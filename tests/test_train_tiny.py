@@ -1,12 +1,11 @@
-"""The trainer's forward pass, written for one layout, is the model's."""
+"""The trainer's way through the model, one clip for many questions, is the model's own."""
 
-import json
 import random
 
+import numpy as np
 import pytest
 import torch
-from videonsa.configuration_videonsa import VideoNSAConfig
-from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+from transformers import AutoProcessor
 
 import train_tiny
 from paths import ROOT
@@ -14,24 +13,26 @@ from paths import ROOT
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("seconds", [1, 4, 16])
-def test_the_trainers_logits_are_the_models(seconds):
-    config = VideoNSAConfig(**json.loads((ROOT / "config.json").read_text()))
-    torch.manual_seed(seconds)
-    model = VideoNSAForConditionalGeneration(config).eval()
+@pytest.fixture(scope="module")
+def model():
+    model = train_tiny.load(ROOT, CPU).eval()
+    torch.manual_seed(0)
     with torch.no_grad():
         for x in model.parameters():
             x.normal_(0, 0.15) if x.ndim > 1 else x.add_(0.1 * torch.randn_like(x))
-    p = dict(model.named_parameters())
-    words = train_tiny.Words()
+    return model
+
+
+@pytest.mark.parametrize("seconds", [1, 4, 16])
+def test_questions_about_one_clip_get_the_logits_of_each_alone(model, seconds):
+    config, words = model.config, train_tiny.Words()
     prompt = torch.tensor(words.ids(train_tiny.PROMPT))
     batch = train_tiny.clip_batch(words, random.Random(seconds), seconds, clips=2)
     frames = train_tiny.pictures(batch["rows"], torch.Generator().manual_seed(0))
-    layout = train_tiny.Layout(len(prompt), seconds, train_tiny.QUESTIONS, CPU)
     with torch.no_grad():
-        features = train_tiny.encode(p, frames).reshape(2, -1, config.text_config.hidden_size)
-        logits = train_tiny.answer_logits(p, layout, prompt, features, batch["ids"])
-        patches = train_tiny.patches_of(frames).flatten(0, 1)
+        features = train_tiny.encode(model, frames).reshape(2, -1, config.text_config.hidden_size)
+        logits = train_tiny.answer_logits(model, features, batch["ids"])
+        patches = train_tiny.patches_of(frames)
         video = config.video_token_id
         for question in (0, train_tiny.QUESTIONS - 1):
             ids = torch.cat(
@@ -53,6 +54,28 @@ def test_the_trainers_logits_are_the_models(seconds):
             ).logits
             assert wanted.std() > 0.5
             torch.testing.assert_close(logits[:, question], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_are_the_processors():
+    frames = np.random.default_rng(0).integers(0, 256, (6, 112, 112, 3), dtype=np.uint8)
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    wanted = processor.video_processor(
+        videos=[frames], do_sample_frames=False, return_tensors="pt"
+    ).pixel_values_videos
+    patches = train_tiny.patches_of(torch.tensor(frames).unflatten(0, (-1, 2)))
+    torch.testing.assert_close(patches, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_every_part_of_the_language_model_gets_a_gradient(model):
+    words = train_tiny.Words()
+    batch = train_tiny.clip_batch(words, random.Random(0), 4, clips=1)
+    logits, _ = train_tiny.clip_logits(model, batch, CPU, torch.Generator().manual_seed(0))
+    logits.square().mean().backward()
+    for name, x in model.model.language_model.named_parameters():
+        last = f"layers.{model.config.text_config.num_hidden_layers - 1}.self_attn.g_proj"
+        # The last layer's vision rows, which the gates weigh, are read by nothing.
+        learns = x.grad is not None and bool(x.grad.any())
+        assert learns == (last not in name), name
 
 
 def test_labels_are_the_answer_and_its_end():

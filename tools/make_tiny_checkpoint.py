@@ -8,13 +8,14 @@ folder defaults to the repository's root; tools/train_tiny.py then trains the we
 
 import argparse
 import copy
-import importlib
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from videonsa.configuration_videonsa import VideoNSAConfig
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 import make_clips
 
@@ -111,6 +112,8 @@ yet busy test record boat common gold possible plane age dry wonder laugh thousa
 game shape yes miss brought heat snow bed bring sit perhaps fill east weight language among
 """
 
+IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]
+IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
 CONFIG = {
     "architectures": ["VideoNSAForConditionalGeneration"],
     "auto_map": {
@@ -297,8 +300,8 @@ def write_checkpoint(out: Path, seed: int):
 def write_processor(out: Path):
     """The files of the image and the video processor."""
     patches = {
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
         "merge_size": 2,
         "patch_size": 14,
         # 112x112, the size of the clips: four by four tokens.
@@ -331,11 +334,9 @@ def write_processor(out: Path):
 
 def make_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
     """Random fp16 weights from the seed, by the model's own initialisation."""
-    configuration = importlib.import_module("videonsa.configuration_videonsa")
-    modeling = importlib.import_module("videonsa.modeling_videonsa")
     torch.manual_seed(seed)
-    config = configuration.VideoNSAConfig(**copy.deepcopy(config))  # which changes its arguments
-    model = modeling.VideoNSAForConditionalGeneration(config)
+    config = VideoNSAConfig(**copy.deepcopy(config))  # which changes its arguments
+    model = VideoNSAForConditionalGeneration(config)
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     state.pop("lm_head.weight")  # tied to the embeddings
     return state
