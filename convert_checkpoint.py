@@ -14,7 +14,6 @@ Runs on a CPU. Memory stays near one shard (2 GB) and the largest tensor, whatev
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -32,6 +31,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConf
 
 from commands.checkpoint_files import TOKENIZER_FILES, copy_code, listed_files, upload
 from commands.model_card import HUB_ID, write_card
+from nsa_reference import gate_logit
 
 HERE = Path(__file__).resolve().parent
 
@@ -332,9 +332,8 @@ def gate_tensor(key, shape, record, temperature):
     """The first value of a gate's parameter, float32; the same in every run and any order."""
     even = record["gates"] == "even" and "g_proj_2" in key
     if key.endswith("bias"):
-        share = record["gate_value"]
-        # A gate is sigmoid(logit / temperature), and zero weights leave the bias as the logit.
-        return torch.full(shape, temperature * math.log(share / (1 - share)) if even else 0.0)
+        # Zero weights leave the bias as the logit.
+        return torch.full(shape, gate_logit(record["gate_value"], temperature) if even else 0.0)
     if even:
         return torch.zeros(shape)
     digest = hashlib.sha256(f"{record['seed']} {key}".encode()).digest()

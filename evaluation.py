@@ -21,9 +21,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from commands.evaluation_attention import BRANCHES
 from commands.evaluation_manifest import compare, write_manifests
 from commands.evaluation_presets import ALIASES, PRESETS, Preset
+from nsa_reference import BRANCHES
 
 try:
     import lmms_eval.__main__ as harness

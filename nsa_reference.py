@@ -16,8 +16,11 @@ Numbers: any floating dtype, any device. Scores and softmax are computed in floa
 Memory: queries are taken in chunks, so it grows with the number of keys, not with its square.
 """
 
+import math
+
 import torch
 
+BRANCHES = ("compressed", "selected", "window")  # the order of the gates
 CHUNK_ELEMENTS = 2**21  # the largest intermediate of one chunk of queries; fits a CPU's cache
 
 
@@ -232,6 +235,11 @@ def gate_weights(logits, temperature):
     [..., H, 3], each weight between 0 and 1 by itself: the three need not sum to 1.
     """
     return (logits / temperature).sigmoid().unflatten(-1, (-1, 3))
+
+
+def gate_logit(weight: float, temperature: float) -> float:
+    """The logit whose `gate_weights` are `weight`, between 0 and 1: the inverse of that formula."""
+    return temperature * math.log(weight / (1 - weight))
 
 
 def nsa_attention(

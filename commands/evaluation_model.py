@@ -13,7 +13,7 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from commands.evaluation_attention import BRANCHES, AttentionRecorder, check
+from commands.evaluation_attention import AttentionRecorder, check
 from commands.evaluation_cache import AnswerCache
 from commands.evaluation_manifest import (
     code_digest,
@@ -25,6 +25,7 @@ from commands.evaluation_manifest import (
     weights_digest,
 )
 from commands.evaluation_presets import ALIASES, LIMITS
+from nsa_reference import BRANCHES
 
 # What reading a video can fail with; tasks call sys.exit where a file is missing.
 UNREADABLE = (OSError, ValueError, SystemExit)
