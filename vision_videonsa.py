@@ -16,23 +16,23 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionPatchEmbed,
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLMLP,
     Qwen2_5_VLVisionAttention,
-    eager_attention_forward,
-)
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_position_ids,
-    get_vision_window_index,
 )
 
 from .fused_videonsa import VideoNSARMSNorm, rotary, swiglu_halves
+from .library_videonsa import (
+    ALL_ATTENTION_FUNCTIONS,
+    capture_outputs,
+    eager_attention_forward,
+    get_vision_cu_seqlens,
+    get_vision_position_ids,
+    get_vision_window_index,
+    merge_with_config_defaults,
+)
 
 PATCHES_PER_CHUNK = 32768  # 8,192 tokens after merging
 SEQUENCES_PER_CALL = 32768  # CUDA's attention kernels take fewer than 65,536 sequences

@@ -16,6 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE_FILES = (
     "configuration_videonsa.py",
     "modeling_videonsa.py",
+    "packing_videonsa.py",
+    "positions_videonsa.py",
+    "prefill_videonsa.py",
+    "generation_videonsa.py",
+    "library_videonsa.py",
     "fused_videonsa.py",
     "vision_videonsa.py",
     "nsa_reference.py",

@@ -1,13 +1,13 @@
 """Every way to generate gives what one whole prefill, or the row alone, gives."""
 
 import copy
-import sys
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
 from tiny import VIDEO, Prompts, make_model, stock_twin
+from videonsa import generation_videonsa
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}
 # A random model must not write placeholders: fed back with its media, they would stand for more.
@@ -160,7 +160,7 @@ def test_long_prompts_are_encoded_and_read_in_chunks_by_themselves(
             expected_tokens, expected_logits = generate(model, batch)
             whole = max(calls)
             calls.clear()
-            monkeypatch.setattr(sys.modules[type(model).__module__], "PREFILL_CHUNK_SIZE", 6)
+            monkeypatch.setattr(generation_videonsa, "PREFILL_CHUNK_SIZE", 6)
             tokens, logits = generate(model, batch)
             assert torch.equal(tokens, expected_tokens)
             torch.testing.assert_close(logits, expected_logits, **CLOSE)

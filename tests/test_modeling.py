@@ -11,8 +11,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     apply_rotary_pos_emb,
 )
-from videonsa.modeling_videonsa import make_plan
 from videonsa.nsa_reference import nsa_attention
+from videonsa.packing_videonsa import make_plan
 
 from paths import ROOT
 from tiny import GROUPS, IMAGE, VIDEO, Prompts, make_model, stock_twin

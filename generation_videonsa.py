@@ -1,0 +1,154 @@
+"""What `generate` does otherwise for VideoNSA than for Qwen2.5-VL.
+
+- Positions are the model's own, after those of the cache (positions_videonsa.py).
+- Media that the cache has already are not read again when the whole conversation is passed.
+- Images and videos are encoded as the prompt is read, a chunk at a time (prefill_videonsa.py).
+
+`generate` and `create_masks_for_generate` are public. The methods that begin with `_` are private
+ones of transformers' GenerationMixin, as versions 5.17 to 5.24 call them (5.17 has no
+`_maybe_prepare_encoder_kwargs_for_generation`, and encodes nothing before the prompt is read);
+tests/test_library_hooks.py fails by name where a newer version has dropped or changed one.
+"""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+
+from .library_videonsa import cache_of, create_masks_for_generate
+from .packing_videonsa import valid_tokens
+from .positions_videonsa import positions_of_new_tokens, state_of
+from .prefill_videonsa import MEDIA, PREFILL_CHUNK_SIZE
+
+
+class VideoNSAGenerationMixin(GenerationMixin):
+    """`generate` for a Qwen2.5-VL model whose `model` is a `VideoNSAModel`."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, *args, **kwargs):
+        input_ids = kwargs.get("input_ids", inputs)
+        if (cache := cache_of(kwargs)) is not None and input_ids is not None:
+            _drop_cached_media(self.config, input_ids, int(cache.get_seq_length()), kwargs)
+        return super().generate(inputs, *args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """Positions of every token so far, int64 [4, B, L]: as text, then time, height and width.
+
+        Those of cached tokens are not read again.
+        """
+        text = GenerationMixin._prepare_position_ids_for_generation(
+            self, inputs_tensor, model_kwargs
+        )
+        input_ids = model_kwargs.get("input_ids")
+        if input_ids is None and inputs_tensor.ndim == 2:
+            input_ids = inputs_tensor
+        if input_ids is not None and not input_ids.shape[1]:
+            input_ids = None  # embeddings alone: their positions are those of text, as in stock
+        cache = cache_of(model_kwargs)
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        new = text.shape[1] - cached
+        valid = valid_tokens(model_kwargs.get("attention_mask"), text.shape[1])
+        media = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        vision = positions_of_new_tokens(
+            self.config,
+            state_of(cache, cached, valid, inputs_tensor),
+            new,
+            valid,
+            None if input_ids is None else input_ids[:, -new:],
+            **{name: model_kwargs.get(name) for name in media},
+        )
+        vision = nn.functional.pad(vision, (cached, 0))
+        return torch.cat([text.expand(vision.shape[1], -1)[None], vision])
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
+        """The library encodes all media before the prompt is read, so that the beams or sequences
+        of one prompt share them. For one sequence nothing is encoded here, but as it is read.
+        """
+        if (generation_config.num_beams or 1) * (generation_config.num_return_sequences or 1) == 1:
+            return model_kwargs
+        return super()._maybe_prepare_encoder_kwargs_for_generation(
+            inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
+        """The mask that `generate` lays out for a static cache: the library's, for one new token.
+
+        A prompt keeps its padding mask [B, L]: one of all pairs of its tokens would be enormous,
+        vision needs none, and text lays out its own, a chunk at a time.
+        """
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask
+        return create_masks_for_generate(
+            config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
+        )
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """The library cuts a prompt before its media are encoded, or refuses to. So it is told of
+        no chunks, and the model gets their size: it encodes and reads chunk by chunk.
+        """
+        size = generation_config.prefill_chunk_size
+        if size is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        elif cache_of(model_kwargs) is not None and not (
+            generation_config.output_hidden_states or generation_config.output_attentions
+        ):
+            if any(model_kwargs.get(pixels) is not None for pixels in MEDIA.values()):
+                size = PREFILL_CHUNK_SIZE
+        if size is not None:
+            model_kwargs = {**model_kwargs, "nsa_chunk_size": size}
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+
+def _drop_cached_media(config, input_ids, cached, kwargs):
+    """Drop from a call's kwargs the images and videos of which the cache has the tokens."""
+    mask = kwargs.get("attention_mask")
+    if not cached or (mask is not None and mask.shape[1] != input_ids.shape[1]):
+        return  # nothing is cached, or only the new tokens were passed
+    for modality, pixels in MEDIA.items():
+        grid = kwargs.get(f"{modality}_grid_thw")
+        if grid is None or kwargs.get(pixels) is None:
+            continue
+        placeholder = input_ids == getattr(config, f"{modality}_token_id")
+        old, new = placeholder[:, :cached].sum(1), placeholder[:, cached:].sum(1)
+        patches = grid.prod(-1)
+        tokens = patches // config.vision_config.spatial_merge_size**2
+        if tokens.sum() == new.sum():
+            continue  # only the new turn's were passed
+        # Media come in the order of their placeholders: a row's cached ones, its new ones.
+        bounds = torch.stack([old, new], dim=1).flatten().cumsum(0)
+        ends = tokens.cumsum(0).to(bounds.device)
+        whole = torch.isin(bounds, nn.functional.pad(ends, (1, 0))).all()
+        if not whole or ends[-1] != bounds[-1]:
+            raise ValueError(
+                f"the {modality}s given have {int(ends[-1])} tokens; input_ids hold "
+                f"{int(old.sum())} placeholders in the cached part and {int(new.sum())} "
+                "after it. Pass either all of the conversation's or only the new turn's, and "
+                "a cache that does not end within one of them."
+            )
+        keep = torch.searchsorted(bounds, ends) % 2 == 1
+        _keep_media(kwargs, modality, keep, patches)
+
+
+def _keep_media(kwargs, modality, keep, patches):
+    """Drop the images or videos that bool `keep` does not mark; `patches` are their sizes."""
+    pixels, grid = MEDIA[modality], f"{modality}_grid_thw"
+    if not keep.any():
+        del kwargs[pixels], kwargs[grid]
+        return
+    if not torch.is_tensor(kwargs[pixels]):
+        raise ValueError(
+            f"{pixels} is a stream of all {modality}s of the conversation, and the cache has some "
+            "of them. Make a stream of the new turn's alone, or a tensor (without stream=True)."
+        )
+    rows = keep.repeat_interleave(patches.to(keep.device))
+    kwargs[pixels] = kwargs[pixels][rows.to(kwargs[pixels].device)]
+    kwargs[grid] = kwargs[grid][keep.to(kwargs[grid].device)]
+    if modality == "video" and kwargs.get("second_per_grid_ts") is not None:
+        seconds = torch.as_tensor(kwargs["second_per_grid_ts"])
+        kwargs["second_per_grid_ts"] = seconds[keep.to(seconds.device)]

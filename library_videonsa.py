@@ -1,0 +1,67 @@
+"""What the model takes from transformers beyond its documented interface, in one place.
+
+Read in transformers 5.17 and 5.24; the private methods of `generate` that the model replaces are
+in generation_videonsa.py. tests/test_library_hooks.py fails by name where a newer version has
+dropped or changed one.
+"""
+
+import torch
+from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
+
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "cache_of",
+    "capture_outputs",
+    "create_masks_for_generate",
+    "eager_attention_forward",
+    "get_vision_cu_seqlens",
+    "get_vision_position_ids",
+    "get_vision_window_index",
+    "map_published_keys",
+    "merge_with_config_defaults",
+    "order_offloaded_layers",
+]
+
+
+def cache_of(container):
+    """The key/value cache among keyword arguments or outputs: `past_key_values`, or `cache` (5.24).
+
+    None where there is none.
+    """
+    # Not by asking for it: newer outputs warn of the old name, even where it is not there.
+    names = ("cache", "past_key_values")
+    return next((x for name, x in container.items() if name in names and x is not None), None)
+
+
+def order_offloaded_layers(cache, device: torch.device) -> None:
+    """Make an offloaded cache fetch a layer only once it is stored, as 5.24 does by itself."""
+    if getattr(cache, "offloading", False):
+        cache.prefetch_stream.wait_stream(torch.cuda.current_stream(device))
+
+
+def map_published_keys(class_name: str) -> None:
+    """Let a class load Qwen2.5-VL's published checkpoints, whose keys are `visual.*`, `model.*`.
+
+    The library has this mapping for its own classes; remote code has to bring it.
+    """
+    register_checkpoint_conversion_mapping(
+        class_name,
+        [
+            WeightRenaming(source_patterns=r"^visual", target_patterns="model.visual"),
+            WeightRenaming(
+                source_patterns=r"^model(?!\.(language_model|visual))",
+                target_patterns="model.language_model",
+            ),
+        ],
+        overwrite=True,
+    )
