@@ -4,6 +4,8 @@ import re
 
 import pytest
 from PIL import Image
+from videonsa.configuration_videonsa import VideoNSATextConfig
+from videonsa.processing_videonsa import VideoNSAVideoProcessor
 
 from commands.checkpoint_files import listed_files
 from paths import ROOT
@@ -37,6 +39,15 @@ def test_files_that_are_named_exist(page):
         assert (ROOT / name).exists() or (page.parent / name).exists(), name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_stand_in_the_files_that_pages_send_to(page):
+    """Every "`name` in `file.py`" of a page names what that file defines."""
+    sent = re.findall(r"`(\w+)` in\s+`([\w/]+\.py)`", page.read_text(encoding="utf-8"))
+    for name, file in sent:
+        code = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^\s*((def|class) {name}\b|{name}\b.* = )", code, re.MULTILINE), name
+
+
 def test_pictures_go_to_the_hub_with_the_card():
     card = (ROOT / "README.md").read_text(encoding="utf-8")
     for picture in PICTURES:
@@ -59,6 +70,26 @@ def test_pictures_and_card_have_the_numbers_of_the_tables():
     _, layer = draw_pictures.read_times(page, draw_pictures.LAYER_ROWS)
     for name in ("VideoNSA, random choices", "dense, SDPA cuDNN"):
         assert f"{layer[name][-1]:g} ms" in card
+
+
+def written(value):
+    """A default as the tables write it."""
+    if value is None or isinstance(value, (bool, str)):
+        return str(value).lower()
+    return ", ".join(value) if isinstance(value, list) else f"{round(value):,}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/usage.md"])
+def test_defaults_in_the_tables_are_those_of_the_code(page):
+    sources = {"nsa": VideoNSATextConfig(), "video": VideoNSAVideoProcessor()}
+    page = (ROOT / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (\w[^|]*) \|", page, re.MULTILINE)
+    assert len(rows) > 5
+    for names, defaults in rows:
+        names = re.findall(r"\w+", names)
+        source = sources["nsa" if names[0].startswith("nsa_") else "video"]
+        actual = [written(getattr(source, name, None)) for name in names]
+        assert ", ".join(dict.fromkeys(actual)) == defaults, names
 
 
 def test_the_card_stays_short():
