@@ -4,11 +4,13 @@ Only what differs from Qwen2.5-VL stands here:
 
 - `VideoNSAAttention`: vision rows through `nsa_attention`, text rows through `dense_attention`. A
   call without new vision tokens (text, decoding) runs the stock attention, untouched.
-- `VideoNSATextModel`: lays out which rows are which (`NSAPlan`), once for all layers.
-- `VideoNSAModel`: finds the vision tokens, gives every token its position, and keeps what a later
-  turn needs of both (`NSAState`) with the cache, so that one model serves many conversations.
-- `VideoNSAForConditionalGeneration`: what `generate` needs beyond that.
+- `VideoNSATextModel`: the language model of such layers.
+- `VideoNSAModel`: finds the vision tokens, gives every token its position, lays the rows out, and
+  reads long prompts in chunks. What a later turn needs is kept with the cache.
+- `VideoNSAForConditionalGeneration`: the whole model, with `generate` of generation_videonsa.py.
 
+Which rows are which is found in packing_videonsa.py, positions are counted in
+positions_videonsa.py, and images and videos are encoded piece by piece by prefill_videonsa.py.
 What the branches compute is specified in nsa_reference.py.
 """
 
@@ -47,8 +49,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         self.g_proj_1 = nn.Linear(self.hidden_size, self.hidden_size)
         self.g_proj_2 = nn.Linear(self.hidden_size, self.num_heads * 3)
 
-    def gates(self, hidden_states):
-        """Weights of the compressed, selected and window branch, [..., hidden] to [..., H, 3]."""
+    def gates(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The weights of the branches, by `gate_weights`: [..., hidden] to [..., H, 3]."""
         logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states)))
         return gate_weights(logits, self.config.nsa_gate_temperature)
 
@@ -59,22 +61,25 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         nsa_plan: NSAPlan | None = None,
         **kwargs,
-    ):
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states [B, S, hidden] to ([B, S, hidden], attention weights or None)."""
         cache = cache_of(kwargs)
         order_offloaded_layers(cache, hidden_states.device)
-        if nsa_plan is None:
-            output, weights = super().forward(
-                hidden_states,
-                attention_mask=attention_mask,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
-            if self.training:
-                # Distributed training wants every parameter in every graph, a text-only one too.
-                output = output + 0 * self.gates(hidden_states[:, :1]).sum()
-            return output, weights
+        if nsa_plan is not None:
+            return self._forward_sparse(hidden_states, position_embeddings, nsa_plan, cache), None
+        output, weights = super().forward(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        if self.training:
+            # Distributed training wants every parameter in every graph, a text-only one too.
+            output = output + 0 * self.gates(hidden_states[:, :1]).sum()
+        return output, weights
 
+    def _forward_sparse(self, hidden_states, position_embeddings, plan, cache):
+        """[B, S, hidden] to [B, S, hidden], by the plan."""
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
@@ -83,22 +88,22 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         if cache is not None:
             # Contiguous, because a cache that grows copies other views at a quarter of the speed.
             key, value = cache.update(key.contiguous(), value.contiguous(), self.layer_idx)
-        if query.shape[2] != nsa_plan.num_queries or key.shape[2] < nsa_plan.num_keys:
+        if query.shape[2] != plan.num_queries or key.shape[2] < plan.num_keys:
             raise ValueError(
                 f"layer {self.layer_idx} got {query.shape[2]} queries and {key.shape[2]} keys, but "
-                f"its vision tokens were found among {nsa_plan.num_queries} and "
-                f"{nsa_plan.num_keys}: something cut the sequence into shards, which the sparse "
-                "attention does not support. Turn context or sequence parallelism off."
+                f"its vision tokens were found among {plan.num_queries} and {plan.num_keys}: "
+                "something cut the sequence into shards, which the sparse attention does not "
+                "support. Turn context or sequence parallelism off."
             )
-        gates = self.gates(hidden_states[nsa_plan.vision_queries])
+        gates = self.gates(hidden_states[plan.vision_queries])
         device = query.device.type
         # As torch's own attention does: one dtype for all, and softmax in float32 under autocast.
         dtype = query.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            output = self._attend(*(x.to(dtype) for x in (query, key, value, gates)), nsa_plan)
-        return self.o_proj(output.flatten(2)), None
+            output = self._attend(*(x.to(dtype) for x in (query, key, value, gates)), plan)
+        return self.o_proj(output.flatten(2))
 
     def _attend(self, query, key, value, gates, plan):
         """query [B, H, S, D], key and value [B, K, L, D]; returns [B, S, H, D], padding zero."""
@@ -243,7 +248,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
         tokens = inputs_embeds if input_ids is None else input_ids
         new = tokens.shape[1]
         cached = _cached_length(cache, new)
-        state = state_in(cache, cached)
+        state = state_in(cache, cached)  # None as long as there was only text
         vision = self._vision_tokens(input_ids, inputs_embeds, mm_token_type_ids, kwargs)
         valid = None
         if vision is not None or (state is not None and position_ids is None):
@@ -252,15 +257,15 @@ class VideoNSAModel(Qwen2_5_VLModel):
             state = state_of(cache, cached, valid, tokens)
 
         if position_ids is None and state is not None:
-            media = {}
-            if vision is not None:
-                media = {
-                    "image_grid_thw": image_grid_thw,
-                    "video_grid_thw": video_grid_thw,
-                    "second_per_grid_ts": second_per_grid_ts,
-                }
             position_ids = positions_of_new_tokens(
-                self.config, state, new, valid, input_ids, **media
+                self.config,
+                state,
+                new,
+                valid,
+                None if vision is None else input_ids,  # grids without media say nothing
+                image_grid_thw=image_grid_thw,
+                video_grid_thw=video_grid_thw,
+                second_per_grid_ts=second_per_grid_ts,
             )
         if vision is not None:
             state = state.followed_by(vision, position_ids, valid)

@@ -305,6 +305,38 @@ def test_embeddings_alone_generate_as_one_call_reads_them(model, prompts, size):
     torch.testing.assert_close(outputs.logits[0], expected, **CLOSE)
 
 
+@pytest.mark.parametrize("via", ["forward", "generate"])
+def test_the_positions_of_a_second_video_turn(model, prompts, via):
+    """Two seconds of a video, then a video of one step: each goes on one past what was largest."""
+    first = prompts.row(3, ("video", 2, 2, 2), 2)
+    once, twice = conversation(prompts, first, prompts.row(1, ("video", 1, 2, 2), 2))
+    seen, cache = [], DynamicCache(config=model.config.text_config)
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs["position_ids"][-3:, 0]), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            model(**prompts.batch(once), **as_input(cache))
+            if via == "forward":
+                new = prompts.batch(prompts.row(1, ("video", 1, 2, 2), 2))
+                del new["attention_mask"]
+                model(**new, **as_input(cache))
+            else:
+                model.generate(**prompts.batch(twice), **as_input(cache), max_new_tokens=1)
+    finally:
+        hook.remove()
+    assert seen[0].tolist() == [
+        [0, 1, 2, 3, 4, 4, 4, 4, 6, 6, 6, 6, 7, 8, 9],
+        [0, 1, 2, 3, 4, 4, 5, 5, 4, 4, 5, 5, 7, 8, 9],
+        [0, 1, 2, 3, 4, 5, 4, 5, 4, 5, 4, 5, 7, 8, 9],
+    ]
+    assert seen[1].tolist() == [
+        [10, 11, 12, 12, 12, 12, 14, 15, 16],
+        [10, 11, 12, 12, 13, 13, 14, 15, 16],
+        [10, 11, 12, 13, 12, 13, 14, 15, 16],
+    ]
+
+
 @pytest.mark.parametrize("given", ["everything", "new media", "new tokens"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_second_video_turn_on_a_filled_cache(model, prompts, given, kind):
