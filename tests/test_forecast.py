@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from videonsa.configuration_videonsa import VideoNSAConfig
-from videonsa.modeling_videonsa import PREFILL_CHUNK_SIZE, VideoNSAForConditionalGeneration
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.nsa_kernels_tiles import ALL_HOT_UP_TO, CHUNK_QUERIES
+from videonsa.prefill_videonsa import PREFILL_CHUNK_SIZE
 
 from commands.forecast import (
     GIB,
