@@ -29,11 +29,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
+from commands import ROOT
 from commands.checkpoint_files import TOKENIZER_FILES, copy_code, listed_files, upload
 from commands.model_card import HUB_ID, write_card
 from nsa_reference import gate_logit
-
-HERE = Path(__file__).resolve().parent
 
 COPIED_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "generation_config.json", "LICENSE")
 SOURCE_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "README.md", "LICENSE")
@@ -352,7 +351,7 @@ def write_small_files(folder, staging, tensors, name, record):
     dtype = record["dtype"]
     if dtype == "auto" and EMBEDDING in tensors:
         dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
-    own = read_json(HERE / "config.json")
+    own = read_json(ROOT / "config.json")
     write_config(folder, staging, dtype, own)
     write_processor(folder, staging, own["auto_map"])
     if record["gates"] == "even":

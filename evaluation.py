@@ -21,6 +21,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from commands import ROOT
 from commands.evaluation_manifest import compare, write_manifests
 from commands.evaluation_presets import ALIASES, PRESETS, Preset
 from nsa_reference import BRANCHES
@@ -38,8 +39,6 @@ except ImportError as error:
         "its own (lmms-eval wants av < 16): "
         "pip install -r requirements-eval.txt -c constraints-eval.txt"
     ) from error
-
-HERE = Path(__file__).resolve().parent
 
 
 def parse_arguments(argv):
@@ -63,7 +62,7 @@ def parse_arguments(argv):
     parser.add_argument("--window", type=int, metavar="N", help="keys in the sliding window")
     parser.add_argument("--model_args", default="", metavar="NAME=VALUE,...")
     parser.add_argument("--gen_kwargs", default="", metavar="NAME=VALUE,...")
-    parser.add_argument("--include_path", default=str(HERE / "benchmarks" / "clips"))
+    parser.add_argument("--include_path", default=str(ROOT / "benchmarks" / "clips"))
     parser.add_argument("--output_path", default="out/evaluation", metavar="DIR")
     parser.add_argument("--compare", nargs="+", metavar="PATH", help="print a table of manifests")
     options, others = parser.parse_known_args(argv)

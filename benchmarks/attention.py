@@ -27,9 +27,8 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-from videonsa.nsa_kernels_choice import choose_blocks  # noqa: E402
-
 from videonsa import nsa_kernels  # noqa: E402
+from videonsa.nsa_kernels_choice import choose_blocks  # noqa: E402
 
 BLOCK, SELECTED, WINDOW = 64, 32, 256
 NEIGHBOURS = 18

@@ -21,7 +21,9 @@ import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from videonsa import ROOT  # noqa: E402
+
 SIDE, TOKENS = 224, 64  # pixels a side of a frame, tokens of two frames
 
 

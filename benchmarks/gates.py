@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from videonsa import ROOT  # noqa: E402
+
 import train_tiny  # noqa: E402
 from convert_checkpoint import convert  # noqa: E402
 

@@ -24,8 +24,8 @@ import torch
 import transformers
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from videonsa import ROOT  # noqa: E402
 from videonsa.configuration_videonsa import VideoNSAConfig  # noqa: E402
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration  # noqa: E402
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from videonsa import ROOT  # noqa: E402
+
 import make_clips  # noqa: E402
 
 QUESTION = "What happens?"

@@ -36,7 +36,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from videonsa import ROOT  # noqa: E402
+
 HEIGHT, WIDTH, RATE, HOURS, KEY_GAP = 360, 640, 24, 2, 250
 PIECE = 12 * KEY_GAP  # frames that are encoded; the file repeats them
 SIZE = {"resized_height": 252, "resized_width": 448}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-ROOT = Path(__file__).resolve().parents[1]
+from commands import ROOT
 
 # Every file of code that `trust_remote_code` reaches, and the packages it needs.
 CODE_FILES = (

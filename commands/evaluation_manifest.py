@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
+from commands import ROOT
 from commands.evaluation_answers import options_of, read_answer, right_letter
 from commands.evaluation_attention import check
 from nsa_reference import BRANCHES
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "lmms_eval",
     "torch",

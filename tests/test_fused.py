@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
+from videonsa import fused_videonsa as fused
 
 from numerics import assert_as_accurate
-from videonsa import fused_videonsa as fused
 
 
 @pytest.fixture(autouse=True)

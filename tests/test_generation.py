@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from videonsa import generation_videonsa
 
 from tiny import VIDEO, Prompts, make_model, stock_twin
-from videonsa import generation_videonsa
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}
 # A random model must not write placeholders: fed back with its media, they would stand for more.

@@ -19,13 +19,14 @@ from paths import ROOT
 
 pytest.importorskip("triton")
 
-from numerics import Case, assert_as_accurate, cumulative, packed
 from videonsa import nsa_kernels as kernels
 from videonsa import nsa_kernels_choice as choice
 from videonsa import nsa_kernels_dense as dense
 from videonsa import nsa_kernels_primitives as primitives
 from videonsa import nsa_kernels_tiles as tiles
 from videonsa import nsa_reference as reference
+
+from numerics import Case, assert_as_accurate, cumulative, packed
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from videonsa import nsa_reference as nsa
 
 from numerics import Case, cumulative, packed
-from videonsa import nsa_reference as nsa
 
 GROUPS = [(4, 4), (14, 2), (16, 2), (16, 1)]  # G = 1, 7, 8, 16
 LENGTHS = [(1,), (15,), (16,), (17,), (63,), (64, 65), (130, 1, 47)]

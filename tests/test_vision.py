@@ -9,10 +9,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLVisionBlock,
 )
-from videonsa.vision_videonsa import VideoNSAVisionTower
-
 from videonsa import fused_videonsa as fused
 from videonsa import vision_videonsa as vision
+from videonsa.vision_videonsa import VideoNSAVisionTower
 
 # Frames, height and width in patches; a window is 8 x 8 patches (4 x 4 tokens).
 MEDIA = {

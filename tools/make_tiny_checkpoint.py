@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from videonsa import ROOT
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 import make_clips
 
-ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 1024
 # Qwen2's: contractions, words with their leading space, single digits, punctuation, white space.
 SPLIT = (

@@ -20,10 +20,9 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from videonsa import ROOT
 
 from make_clips import KINDS, NEW_KINDS, SAMPLED_FPS
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(folder, attention):

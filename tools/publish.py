@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from commands.checkpoint_files import listed_files, upload  # noqa: E402
+from videonsa import ROOT
+
+from commands.checkpoint_files import listed_files, upload
 
 LOAD = """
 import sys

@@ -25,11 +25,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset
+from videonsa import ROOT
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+from videonsa.packing_videonsa import make_plan
 
 import make_clips
 from make_clips import COLOURS, DIRECTIONS, KINDS, SAMPLED_FPS, SHAPES, SIZE
-from make_tiny_checkpoint import CONFIG, IMAGE_MEAN, IMAGE_STD, ROOT, SYSTEM
+from make_tiny_checkpoint import CONFIG, IMAGE_MEAN, IMAGE_STD, SYSTEM
 
 VISION = CONFIG["vision_config"]
 PATCH, MERGE = VISION["patch_size"], VISION["spatial_merge_size"]
@@ -88,19 +90,15 @@ def answer_logits(model, features, questions):
         second_per_grid_ts=features.new_tensor([2 / SAMPLED_FPS]),
     )
 
-    def read(embeddings, end, **cache):
+    def read(embeddings, end, **settings):
         rows, new = embeddings.shape[:2]
-        return language(
-            inputs_embeds=embeddings,
-            position_ids=positions[:, :, end - new : end].expand(-1, rows, -1),
-            nsa_vision=vision[:, :end].expand(rows, -1),
-            use_cache=True,
-            **cache,
-        )
+        at = positions[:, :, end - new : end].expand(-1, rows, -1)
+        return language(inputs_embeds=embeddings, position_ids=at, use_cache=True, **settings)
 
     x = embed(row[:, : len(clip)]).repeat(batch, 1, 1)
     x[:, vision[0, : len(clip)]] = features.to(x.dtype)
-    output = read(x, len(clip))
+    plan = make_plan(vision[:, : len(clip)].repeat(batch, 1), len(clip))
+    output = read(x, len(clip), nsa_plan=plan)
     name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
     output[name].batch_repeat_interleave(count)
     asked = torch.cat(

@@ -27,8 +27,9 @@ import torch
 from datasets import Dataset, DatasetDict
 from lmms_eval.api.task import ConfigurableMessagesTask
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import videonsa  # noqa: E402, F401  (it puts the root on the path)
+
 import make_clips  # noqa: E402
 from commands.evaluation_answers import plain, read_answer  # noqa: E402
 
