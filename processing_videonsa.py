@@ -1,90 +1,36 @@
 """Video and text into what the model takes: Qwen2.5-VL's processor with a budget and a reader.
 
-`VideoNSAVideoProcessor` puts a plan (video_plan_videonsa.py) and the reading of files
-(video_reader_videonsa.py) behind Qwen2.5-VL's calls, with pixels as a tensor or as a stream
-(pixel_stream_videonsa.py). `VideoNSAProcessor` lets each video of a message have settings of its
-own.
+A video goes from `VideoNSAProcessor` (messages, a budget for all videos of a conversation) to
+`VideoNSAVideoProcessor`, which plans it (video_plan_videonsa.py), opens and reads it
+(planned_video_videonsa.py, video_reader_videonsa.py) and makes patches of its frames: a tensor, or
+a stream of them (pixel_stream_videonsa.py).
 """
 
-import importlib
 import math
-import os
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
-from transformers.image_utils import (
-    ChannelDimension,
-    SizeDict,
-    infer_channel_dimension_format,
-    load_image,
-)
+from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.utils import logging
-from transformers.video_utils import VideoMetadata, load_video
+from transformers.video_utils import VideoMetadata
 
 from .pixel_stream_videonsa import AHEAD_BYTES, GROUP_BYTES, GROUP_STEPS, PixelStream
-from .video_plan_videonsa import VideoPlan, plan_video
+from .planned_video_videonsa import (
+    PlannedFile,
+    PlannedFrames,
+    VideoPart,
+    list_videos,
+    stack_frames,
+    with_settings,
+)
+from .video_plan_videonsa import SETTINGS, VideoPlan, resolve_settings
 from .video_reader_videonsa import Remeasure, VideoFile
 
 logger = logging.get_logger(__name__)
-
-BACKENDS = ("pyav", "torchcodec", "decord")
-
-
-class _Video(str):
-    """One video of a call with the settings of its message.
-
-    It is a string because the library passes strings on to the video processor as they are,
-    through the chat template's messages and the checks of the processor alike.
-
-    source: path, URL, array or tensor [frames, ...], or list of frames.
-    settings: what the message says of this video.
-    """
-
-    source: object
-    settings: dict
-
-    @classmethod
-    def of(cls, source, settings=None):
-        settings = dict(settings or {})
-        if isinstance(source, cls):
-            source, settings = source.source, {**source.settings, **settings}
-        source = _path(source)
-        video = cls(source if isinstance(source, str) else f"{len(source)} frames")
-        video.source, video.settings = source, settings
-        return video
-
-
-def _path(item):
-    """Paths and file:// addresses as plain paths, everything else as it is."""
-    return os.fspath(item).removeprefix("file://") if isinstance(item, (str, Path)) else item
-
-
-def _flatten(videos) -> list[_Video]:
-    """The videos of a call: one, a list or nested lists of paths, arrays or lists of frames."""
-    if isinstance(videos, (str, Path)):
-        return [_Video.of(videos)]
-    if isinstance(videos, (np.ndarray, torch.Tensor)):
-        if videos.ndim == 5:
-            return [_Video.of(video) for video in videos]
-        return [_Video.of(videos if videos.ndim == 4 else videos[None])]
-    if isinstance(videos, (list, tuple)):
-        if videos and all(_is_frame(item) for item in videos):
-            return [_Video.of(videos)]
-        return [video for item in videos for video in _flatten(item)]
-    raise ValueError(
-        f"A video is a path, a URL, an array of frames or a list of frames, not {type(videos)}."
-    )
-
-
-def _is_frame(item):
-    return isinstance(item, Image.Image) or (
-        isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 3
-    )
 
 
 class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessor.valid_kwargs, total=False):
@@ -93,9 +39,10 @@ class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessor.valid_kwargs, total=Fal
     total_pixels, max_tokens: see `plan_video`.
     resized_height, resized_width: the size of every frame, whatever the pixel bounds say.
     video_start, video_end: seconds, to take a part of a file.
-    video_backend: "pyav", "torchcodec" or "decord".
+    video_backend: "pyav", which reads all files.
     progress: whether a bar shows how far a file is decoded.
-    stream: whether the pixels come as a `PixelStream` (files are then read with PyAV).
+    stream: whether the pixels come as a `PixelStream`.
+    video_parts: what `VideoNSAProcessor` passes, the videos with their own settings and plans.
     """
 
     total_pixels: int | None
@@ -107,6 +54,7 @@ class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessor.valid_kwargs, total=Fal
     video_backend: str | None
     progress: bool | None
     stream: bool | None
+    video_parts: list | None
 
 
 class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
@@ -123,31 +71,8 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
     fps = 2.0
     total_pixels = 128000 * 28 * 28 * 9 // 10
     max_tokens = None
-    video_backend = "pyav"
     stream = False
     cap_pixels_per_frame = False  # total_pixels does it
-
-    # What a message may say of its video besides these, and is not a setting.
-    MESSAGE_KEYS = ("type", "video", "url", "path", "raw_fps")
-    SETTINGS = (
-        "fps",
-        "num_frames",
-        "min_frames",
-        "max_frames",
-        "min_pixels",
-        "max_pixels",
-        "total_pixels",
-        "max_tokens",
-        "resized_height",
-        "resized_width",
-        "do_sample_frames",
-        "do_resize",
-        "video_backend",
-        "video_start",
-        "video_end",
-        "progress",
-    )
-    ALIASES = {"nframes": "num_frames", "sample_fps": "fps"}
 
     @property
     def min_pixels(self):
@@ -163,12 +88,28 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
 
     def plan(self, video, video_metadata=None, **settings) -> VideoPlan:
         """What `video` would become under these settings (see `plan_video`); decodes one frame."""
-        video = _Video.of(video) if isinstance(video, (str, Path)) else _flatten(video)[0]
-        limits = self._limits(video, settings)
-        if not isinstance(video.source, str):
-            return self._plan_frames(self._given_frames(video), video_metadata, limits)[0]
-        with VideoFile(video.source) as file:
-            return self._plan_file(file, limits)
+        planned = self.plan_and_open(video, video_metadata, **settings)
+        planned.close()
+        return planned.plan
+
+    def plan_and_open(self, video, video_metadata=None, **settings) -> PlannedFile | PlannedFrames:
+        """As `plan`, and keeps the file open for `preprocess`, which reads what was planned.
+
+        A video that is planned already is planned again if settings are given, on the same file.
+        """
+        video = with_settings(video, {})
+        if hasattr(video, "plan"):
+            if all(value is None for value in settings.values()):
+                return video
+            base = asdict(video.settings)
+            return video.planned_again(resolve_settings(video.part.settings, settings, base))
+        defaults = {name: getattr(self, name, None) for name in (*SETTINGS, "video_backend")}
+        defaults["do_sample_frames"] = None
+        settings = resolve_settings(video.settings, settings, defaults)
+        sizes = (self.patch_size * self.merge_size, self.temporal_patch_size)
+        if isinstance(video.source, str):
+            return PlannedFile(VideoFile(video.source), video, settings, sizes)
+        return PlannedFrames(stack_frames(video.source), video_metadata, video, settings, sizes)
 
     def preprocess(self, videos, **kwargs):
         """Qwen2.5-VL's outputs; with stream=True the pixels are a `PixelStream` over all videos.
@@ -178,26 +119,78 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         rate, what is on screen there may have started earlier.
         """
         metadata = kwargs.pop("video_metadata", None)
-        stream = kwargs.pop("stream", None)
-        settings = {name: kwargs.pop(name, None) for name in (*self.SETTINGS, "size")}
+        stream, progress = kwargs.pop("stream", None), kwargs.pop("progress", None)
+        settings = {name: kwargs.pop(name, None) for name in (*SETTINGS, "size", "video_backend")}
         kwargs.pop("input_data_format", None)
-        videos = _flatten(videos)
-        if metadata is None:
-            metadata = [None] * len(videos)
-        elif isinstance(metadata, (dict, VideoMetadata)):
-            metadata = [metadata]
-        metadata = [entry for item in metadata for entry in _as_list(item)]
-        if len(metadata) != len(videos):
-            raise ValueError(
-                f"{len(videos)} videos were given with {len(metadata)} entries of video_metadata; "
-                "give one per video."
-            )
-        pairs = zip(videos, metadata, strict=True)
+        videos = kwargs.pop("video_parts", None) or list_videos(videos)
+        metadata = _list_metadata(metadata, len(videos))
+        readings = (
+            self._begin(video, self._planned(video, entry, settings), progress)
+            for video, entry in zip(videos, metadata, strict=True)
+        )
         if self.stream if stream is None else stream:
-            return self._stream([self._open(*pair, settings) for pair in pairs], kwargs)
-        taken = [self._take(*pair, settings) for pair in pairs]
-        frames, metadata = (list(column) for column in zip(*taken, strict=True))
+            return self._stream(list(readings), kwargs)
+        frames, metadata = (list(part) for part in zip(*map(self._finish, readings), strict=True))
         return self._to_patches(frames, metadata, kwargs)
+
+    def _planned(self, video, metadata, settings):
+        """The planned video of a call; of one that was planned before it, the plan is kept."""
+        if not hasattr(video, "plan"):
+            return self.plan_and_open(video, metadata, **settings)
+        late = [
+            f"{name}={value}"
+            for name, value in settings.items()
+            if hasattr(video.settings, name)
+            and value is not None
+            and name not in video.part.settings
+            and value != getattr(video.settings, name)
+        ]
+        if late:
+            logger.warning_once(
+                f"A video was planned before this call, which ignores {', '.join(late)}; give that "
+                "to plan_videos."
+            )
+        return video
+
+    def _begin(self, video, planned, progress):
+        """Reads the first temporal step.
+
+        So a file that cannot be decoded is refused at once, and one that is not as it was measured
+        is planned again while nobody has seen the plan.
+        """
+        while True:
+            times = []
+            frames = self._sized(planned.read(times), planned)
+            try:
+                first = list(islice(frames, self.temporal_patch_size))
+            except Remeasure:
+                planned = _plan_again(video, planned)
+                continue
+            rest = self._with_bar(planned, frames) if progress else frames
+            return _Reading(video, planned, times, first, rest)
+
+    def _with_bar(self, planned, frames):
+        """The frames after the first temporal step, under a bar that shows how many were read."""
+        if isinstance(planned, PlannedFile):
+            frames = logging.tqdm(
+                frames,
+                total=planned.plan.frames,
+                initial=self.temporal_patch_size,
+                desc=f"Reading {planned.file.name}",
+                leave=False,
+            )
+        yield from frames
+
+    def _finish(self, reading):
+        """(frames, metadata) of a video: uint8 [frames, 3, height, width]."""
+        while True:
+            try:
+                frames = torch.stack([*reading.first, *reading.rest])
+            except Remeasure:
+                planned = _plan_again(reading.video, reading.planned)
+                reading = self._begin(reading.video, planned, progress=False)
+                continue
+            return frames, reading.planned.metadata(reading.times)
 
     def _to_patches(self, frames, metadata, kwargs):
         """The parent's outputs for videos of the right size, uint8 [frames, 3, height, width]."""
@@ -210,25 +203,28 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             **kwargs,
         )
 
-    def _stream(self, videos, kwargs):
-        """The outputs for videos that are open, their pixels as a stream."""
-        pair, grids, overlap, group_bytes = self.temporal_patch_size, [], 0, 1
+    def _stream(self, readings, kwargs):
+        """The outputs for videos that have begun to be read, their pixels as a stream."""
+        metadata = [reading.planned.metadata() for reading in readings]
+        grids, overlap, group_bytes = [], 0, 1
         steps = []  # of each video, temporal steps to a group
-        for video in videos:
-            out = self._to_patches([torch.stack(video.first)], [video.metadata], kwargs)
+        for reading, entry in zip(readings, metadata, strict=True):
+            out = self._to_patches([torch.stack(reading.first)], [entry], kwargs)
             pixels, (_, height, width) = out["pixel_values_videos"], out["video_grid_thw"][0]
-            grids.append([-(-video.count // pair), int(height), int(width)])
+            count = reading.planned.plan.frames
+            grids.append([-(-count // self.temporal_patch_size), int(height), int(width)])
             steps.append(max(1, min(GROUP_STEPS, GROUP_BYTES // pixels.nbytes)))
             group_bytes = max(group_bytes, steps[-1] * pixels.nbytes)
             overlap = max(overlap, len(pixels))
 
         def groups(stop):
-            for video, together in zip(videos, steps, strict=True):
-                frames = chain(video.first, video.rest)
-                while group := list(islice(frames, together * pair)):
+            for reading, entry, number in zip(readings, metadata, steps, strict=True):
+                frames = chain(reading.first, reading.rest)
+                count = number * self.temporal_patch_size
+                while group := _next_frames(frames, count, reading):
                     if stop.is_set():
                         return
-                    out = self._to_patches([torch.stack(group)], [video.metadata], kwargs)
+                    out = self._to_patches([torch.stack(group)], [entry], kwargs)
                     yield out["pixel_values_videos"]
 
         rows = sum(math.prod(grid) for grid in grids)
@@ -236,252 +232,16 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         out["pixel_values_videos"] = PixelStream(groups, shape, pixels.dtype, overlap, ahead)
         out["video_grid_thw"] = torch.tensor(grids)
         if "video_metadata" in out:
-            out["video_metadata"] = [video.metadata for video in videos]
+            out["video_metadata"] = metadata
         return out
 
-    def _limits(self, video, call):
-        """Settings of one video: the message's before the call's before the processor's own."""
-        own = {
-            self.ALIASES.get(key, key): value
-            for key, value in video.settings.items()
-            if value is not None
-        }
-        if unknown := sorted(set(own) - set(self.SETTINGS)):
-            logger.warning_once(f"Not a setting of a video, ignored: {', '.join(unknown)}.")
-        call = {key: value for key, value in call.items() if value is not None}
-        if (size := call.pop("size", None)) is not None:
-            call.setdefault("min_pixels", size["shortest_edge"])
-            call.setdefault("max_pixels", size["longest_edge"])
-        for asked in (own, call):
-            if asked.get("fps") is not None and asked.get("num_frames") is not None:
-                raise ValueError("fps and num_frames exclude each other; give one of them.")
-        limits = {name: getattr(self, name, None) for name in self.SETTINGS}
-        limits["do_sample_frames"] = None
-        for asked in (call, own):
-            if asked.get("num_frames") is not None:
-                limits["fps"] = None
-            elif asked.get("fps") is not None:
-                limits["num_frames"] = None
-            limits.update(asked)
-        limits["fps_given"] = limits["fps"] is not None and ("fps" in own or "fps" in call)
-        if limits["video_backend"] not in BACKENDS:
-            raise ValueError(
-                f"video_backend is {limits['video_backend']!r}; choose from {', '.join(BACKENDS)}."
-            )
-        return limits
-
-    def _plan(self, duration, frames, height, width, limits, sample=True):
-        size = (limits["resized_height"], limits["resized_width"])
-        names = ("fps", "num_frames", "min_frames", "max_frames", "min_pixels", "max_pixels")
-        return plan_video(
-            duration,
-            frames,
-            height,
-            width,
-            sample=sample and limits["do_sample_frames"] is not False,
-            size=size if all(size) else None,
-            factor=self.patch_size * self.merge_size,
-            pair=self.temporal_patch_size,
-            **{name: limits[name] for name in (*names, "total_pixels", "max_tokens")},
-        )
-
-    def _take(self, video, metadata, call):
-        """The frames of one video, uint8 [frames, 3, height, width], and their metadata."""
-        limits = self._limits(video, call)
-        if not isinstance(video.source, str):
-            frames = self._given_frames(video)
-            plan, frames, metadata = self._plan_frames(frames, metadata, limits)
-            return torch.stack(list(self._sized(frames, plan, limits))), metadata
-        if limits["video_backend"] != "pyav":
-            return self._read_elsewhere(video.source, limits)
-        with VideoFile(video.source) as file:
-            while True:
-                plan, times = self._plan_file(file, limits), []
-                shown = self._images(file, plan, limits, times)
-                if limits["progress"]:
-                    shown = logging.tqdm(shown, **self._bar(file, plan))
-                try:
-                    frames = torch.stack(list(self._sized(shown, plan, limits)))
-                except Remeasure:
-                    continue
-                return frames, self._metadata(file, plan, limits, times)
-
-    def _open(self, video, metadata, call):
-        """One video of which the first temporal step is there and the others are read later."""
-        limits = self._limits(video, call)
-        pair = self.temporal_patch_size
-        if not isinstance(video.source, str):
-            frames = self._given_frames(video)
-            plan, frames, metadata = self._plan_frames(frames, metadata, limits)
-            frames = self._sized(frames, plan, limits)
-            return _OpenVideo(list(islice(frames, pair)), frames, plan.frames, metadata)
-        if limits["video_backend"] != "pyav":
-            raise ValueError(
-                f"stream=True needs video_backend='pyav', not {limits['video_backend']!r}."
-            )
-        file = VideoFile(video.source)
-        while True:
-            plan = self._plan_file(file, limits)
-            frames = self._sized(self._images(file, plan, limits, []), plan, limits)
-            try:
-                # Here, so that a file that cannot be decoded is refused now, and one whose time
-                # stamps are out of order is planned again.
-                first = list(islice(frames, pair))
-            except Remeasure:
-                continue
-            rest = self._rest(file, plan, limits, frames)
-            # Times at the file's own rate; which frames there are has not been seen.
-            rate, start = file.rate, limits["video_start"] or 0
-            times = [int((start + s + file.CLOSE) * rate) / rate for s in plan.seconds]
-            metadata = self._metadata(file, plan, limits, times)
-            return _OpenVideo(first, rest, plan.frames, metadata)
-
-    def _rest(self, file, plan, limits, frames):
-        """The frames that `frames` still has, for a thread that reads them in the background."""
-        with file:
-            if limits["progress"]:
-                bar = self._bar(file, plan)
-                frames = logging.tqdm(frames, initial=self.temporal_patch_size, **bar)
-            try:
-                yield from frames
-            except Remeasure:
-                raise ValueError(
-                    f"{file.name} is not as long as its header says, or its time stamps are out of "
-                    "order, which was seen only after frames of it had been given out: read it "
-                    "without stream=True."
-                ) from None
-
-    def _bar(self, file, plan):
-        return {"total": plan.frames, "desc": f"Reading {file.name}", "leave": False}
-
-    def _plan_file(self, file, limits):
-        start, end = limits["video_start"] or 0, limits["video_end"] or file.duration
-        end = min(end, file.duration)
-        if not 0 <= start < end:
-            raise ValueError(
-                f"video_start {start} and video_end {end} leave nothing of {file.name}, which "
-                f"lasts {file.duration:.1f} s."
-            )
-        frames = max(1, round(file.frames * (end - start) / file.duration))
-        return self._plan(end - start, frames, file.height, file.width, limits)
-
-    def _images(self, file, plan, limits, times):
-        """Yields the frames of a plan, uint8 [3, height, width]; adds their times to `times`."""
-        start = limits["video_start"] or 0
-        for time, frame in file.frames_at([start + second for second in plan.seconds]):
-            times.append(time)
-            yield torch.from_numpy(file.image(frame).copy()).permute(2, 0, 1)
-
-    def _metadata(self, file, plan, limits, times):
-        """Of the frames of a plan, which are on screen at these times."""
-        start = limits["video_start"] or 0
-        # A rate at which the frames taken are what the plan says apart.
-        total = max(1, round(plan.duration * file.rate))
-        rate = total / plan.duration
-        indices = [round(time * rate) for time in times]
-        if any(abs(time * rate - i) > 0.25 for time, i in zip(times, indices, strict=True)):
-            # A file of changing rate has no frame number for a time: count on an even grid of
-            # about its mean rate that holds every sampled time exactly.
-            step = max(1, round(file.frames * plan.duration / file.duration / plan.frames))
-            total, rate = step * plan.frames, step * plan.frames / plan.duration
-            indices = [round(start * rate) + i for i in range(0, total, step)]
-        return VideoMetadata(
-            total_num_frames=total,
-            fps=rate,
-            height=file.height,
-            width=file.width,
-            duration=plan.duration,
-            video_backend="pyav",
-            frames_indices=indices,
-        )
-
-    def _read_elsewhere(self, source, limits):
-        """The same with another decoder, by frame number."""
-        backend, plans, chosen = limits["video_backend"], [], []
-        if limits["video_start"] or limits["video_end"]:
-            raise ValueError(
-                f"video_start and video_end need video_backend='pyav', not {backend!r}."
-            )
-        try:
-            importlib.import_module(backend)
-        except (ImportError, OSError, RuntimeError) as error:
-            raise ImportError(
-                f"video_backend is {backend!r}, which cannot be imported here "
-                f"({str(error).splitlines()[0]}). Install it, or leave video_backend out."
-            ) from error
-
-        def choose(metadata, **unused):
-            total, size = metadata.total_num_frames, (metadata.height, metadata.width)
-            if None in size:  # decord does not tell
-                with VideoFile(source) as file:
-                    size = (file.height, file.width)
-            plans.append(self._plan(total / metadata.fps, total, *size, limits))
-            chosen.extend(_spread(total, plans[0].frames))
-            return chosen
-
-        frames, metadata = load_video(source, backend=backend, sample_indices_fn=choose)
-        metadata.frames_indices = chosen
-        frames = self._sized(_channels_first(torch.as_tensor(frames)), plans[0], limits)
-        return torch.stack(list(frames)), metadata
-
-    def _given_frames(self, video):
-        """The frames of a message or call, [frames, channels, height, width]."""
-        if isinstance(video.source, (np.ndarray, torch.Tensor)):
-            return _channels_first(torch.as_tensor(video.source))
-        frames = [
-            load_image(frame) if isinstance(frame, str) else frame
-            for frame in map(_path, video.source)
-        ]
-        frames = [
-            torch.from_numpy(np.array(frame.convert("RGB")))
-            if isinstance(frame, Image.Image)
-            else torch.as_tensor(frame)
-            for frame in frames
-        ]
-        sizes = {tuple(frame.shape) for frame in frames}
-        if len(sizes) != 1:
-            raise ValueError(f"The frames of a video must have one size, not {sorted(sizes)}.")
-        return _channels_first(torch.stack(frames))
-
-    def _plan_frames(self, frames, metadata, limits):
-        """The plan of given frames, the frames that it takes and the metadata of those."""
-        count, (height, width) = len(frames), frames[0].shape[-2:]
-        if metadata is None:
-            if not limits["fps_given"]:
-                logger.warning_once(
-                    "Frames were given without metadata or fps; taking them for 2 a second."
-                )
-            rate = limits["fps"] if limits["fps_given"] else 2.0
-            # At their own rate there is nothing to choose from; a number of frames can be asked.
-            sample = bool(limits["do_sample_frames"]) and limits["num_frames"] is not None
-            metadata = VideoMetadata(total_num_frames=count, fps=rate)
-        else:
-            metadata = VideoMetadata(**dict(metadata))
-            sample = bool(limits["do_sample_frames"])
-        total, rate = metadata.total_num_frames or count, metadata.fps
-        if not rate:
-            raise ValueError("video_metadata has no fps; give the rate of the video.")
-        indices = metadata.frames_indices
-        indices = _spread(total, count) if indices is None else [int(i) for i in indices]
-        if len(indices) != count:
-            raise ValueError(
-                f"video_metadata counts {len(indices)} frames (frames_indices), but {count} were "
-                "given."
-            )
-        plan = self._plan(total / rate, count, height, width, limits, sample)
-        kept = _spread(count, plan.frames)
-        frames = frames if len(kept) == count else frames[kept]
-        metadata.total_num_frames, metadata.fps = total, rate
-        metadata.frames_indices = [indices[i] for i in kept]
-        return plan, frames, metadata
-
-    def _sized(self, frames, plan, limits):
+    def _sized(self, frames, planned):
         """Yields each frame resized as it comes, so that large ones do not pile."""
-        size = SizeDict(height=plan.height, width=plan.width)
+        size = SizeDict(height=planned.plan.height, width=planned.plan.width)
         factor = self.patch_size * self.merge_size
         for frame in frames:
             height, width = frame.shape[-2:]
-            if limits["do_resize"] is not False:
+            if planned.settings.do_resize is not False:
                 frame = self._resize(frame, size)
             elif height % factor or width % factor:
                 raise ValueError(
@@ -498,34 +258,61 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         return super(Qwen2VLVideoProcessor, self).resize(frame, size=size, resample=self.resample)
 
 
-class _OpenVideo(NamedTuple):
-    """A video that is read later.
+class _Reading(NamedTuple):
+    """A video of a call whose first temporal step has been read.
 
-    first: the frames of its first temporal step, uint8 [3, height, width] each.
-    rest: an iterator over the frames after those.  count: of all frames.
+    video: as the call got it.  times: of the frames read so far, in seconds.
+    first: the frames of the first step, uint8 [3, height, width].  rest: yields the others.
     """
 
+    video: VideoPart | PlannedFile | PlannedFrames
+    planned: PlannedFile | PlannedFrames
+    times: list
     first: list
-    rest: object
-    count: int
-    metadata: VideoMetadata
+    rest: Iterator
 
 
-def _spread(total, count) -> list[int]:
-    """`count` of the indices below `total`, evenly."""
-    return [int(i * total / count + 1e-6) for i in range(count)]
+def _next_frames(frames, count, reading):
+    """Up to `count` frames of a stream, whose plan can no longer change."""
+    try:
+        return list(islice(frames, count))
+    except Remeasure:
+        raise _not_as_measured(reading.planned, "frames of it had been given out") from None
 
 
-def _as_list(item):
-    return item if isinstance(item, (list, tuple)) else [item]
+def _plan_again(video, planned):
+    """A new plan for a file that is not as it was measured, unless its plan was shown before."""
+    if video is planned:
+        raise _not_as_measured(planned, "its plan had been given out") from None
+    return planned.planned_again()
 
 
-def _channels_first(video):
-    """[frames, height, width, channels] or [frames, channels, height, width] to the latter."""
-    if video.ndim != 4 or not len(video):
-        raise ValueError(f"A video must be [frames, height, width, 3], not {list(video.shape)}.")
-    kind = infer_channel_dimension_format(video, num_channels=(1, 3, 4))
-    return video.permute(0, 3, 1, 2) if kind == ChannelDimension.LAST else video
+def _not_as_measured(planned, when):
+    return ValueError(
+        f"{planned.file.name} is not as long as its header says, or its time stamps are out of "
+        f"order, which was seen only after {when}: read it without stream=True and plan_videos, or "
+        f"convert it first: ffmpeg -i {planned.file.name} -c:v libx264 converted.mp4."
+    )
+
+
+def _list_metadata(metadata, count):
+    """One entry of video_metadata, or None, for each of so many videos."""
+    if metadata is None:
+        return [None] * count
+    if isinstance(metadata, (dict, VideoMetadata)):
+        metadata = [metadata]
+    nested = [item if isinstance(item, (list, tuple)) else [item] for item in metadata]
+    metadata = [entry for item in nested for entry in item]
+    if len(metadata) != count:
+        raise ValueError(
+            f"{count} videos were given with {len(metadata)} entries of video_metadata; give one "
+            "per video."
+        )
+    return metadata
+
+
+# What a message may say of its video, and is not a setting.
+PART_KEYS = ("type", "video", "url", "path", "raw_fps")
 
 
 class VideoNSAProcessor(Qwen2_5_VLProcessor):
@@ -543,34 +330,46 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             conversation = self._bind_settings(conversation)
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def plan_videos(self, messages, max_tokens=None, **settings):
+    def plan_videos(self, messages, max_tokens: int | None = None, **settings):
         """Plans the videos of one conversation: returns (messages, plans), a plan per video.
 
-        max_tokens: what all videos together may take. A conversation over it gets back messages
-            in which each video has its share of the budget, in proportion to what it would take.
+        The messages bring the videos as they were opened and planned, for `apply_chat_template`, a
+        call of this processor or of this method.
+
+        max_tokens: what all videos together may take. Where they would take more, each has its
+            share of the budget, in proportion to what it would take.
         settings: as for a call of the processor.
         """
         messages = self._bind_settings(messages)
-        videos = [part["video"] for part in _parts(messages) if _source(part) is not None]
-        plan = self.video_processor.plan
-        plans = [plan(video, **settings) for video in videos]
-        total = sum(one.tokens for one in plans)
+        parts = [part for part in _parts(messages) if _source(part) is not None]
+        videos = [self.video_processor.plan_and_open(part["video"], **settings) for part in parts]
+        total = sum(video.plan.tokens for video in videos)
         if max_tokens is not None and total > max_tokens:
-            for video, one in zip(videos, plans, strict=True):
-                video.settings["max_tokens"] = one.tokens * max_tokens // total
-            plans = [plan(video, **settings) for video in videos]
-        return messages, plans
+            shares = [video.plan.tokens * max_tokens // total for video in videos]
+            videos = [
+                video.planned_again(replace(video.settings, max_tokens=share))
+                for video, share in zip(videos, shares, strict=True)
+            ]
+        for part, video in zip(parts, videos, strict=True):
+            part["video"] = video
+        return messages, [video.plan for video in videos]
 
     def __call__(self, images=None, text=None, videos=None, **kwargs):
         if videos is not None:
-            videos = _flatten(videos)
+            videos = list_videos(videos)
             rates = kwargs.get("fps")
             if isinstance(rates, (list, tuple)):  # as qwen-vl-utils gives them, one per video
                 kwargs.pop("fps")
                 if len(rates) != len(videos):
                     raise ValueError(f"fps has {len(rates)} values for {len(videos)} videos.")
-                for video, rate in zip(videos, rates, strict=True):
-                    video.settings.setdefault("fps", rate)
+                videos = [
+                    with_settings(video.source, {"fps": rate, **video.settings})
+                    if not hasattr(video, "plan")
+                    else video
+                    for video, rate in zip(videos, rates, strict=True)
+                ]
+            # The library counts what stands in `videos`, and knows only strings and arrays.
+            kwargs["video_parts"], videos = videos, ["video"] * len(videos)
         if text is not None and not kwargs.get("sanitize_control_tokens"):
             self._check_placeholders(text, self.image_token, "image", _count_images(images))
             self._check_placeholders(text, self.video_token, "video", len(videos or []))
@@ -596,15 +395,15 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
 
     def _bind_settings(self, conversation):
         """A copy of the messages in which every video has its settings with it."""
-        known = VideoNSAVideoProcessor.MESSAGE_KEYS
         messages = []
         for message in getattr(conversation, "messages", conversation):
             if isinstance(message, dict) and isinstance(message.get("content"), (list, tuple)):
                 content = []
                 for part in message["content"]:
                     if isinstance(part, dict) and _source(part) is not None:
-                        settings = {k: v for k, v in part.items() if k not in known}
-                        part = {"type": "video", "video": _Video.of(_source(part), settings)}
+                        settings = {k: v for k, v in part.items() if k not in PART_KEYS}
+                        video = with_settings(_source(part), settings)
+                        part = {"type": "video", "video": video}
                     content.append(part)
                 message = {**message, "content": content}
             messages.append(message)

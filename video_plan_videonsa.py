@@ -1,12 +1,14 @@
 """What is taken of a video: how many frames, of what size, and how many tokens they become.
 
-`plan_video` is the one place that decides it, from the numbers of a video and the settings of a
-call; `VideoPlan` is its answer. Nothing here opens a file or touches a pixel.
+`plan_video` is the one place that decides it, from the numbers of a video and what is asked for;
+`VideoPlan` is its answer. `VideoSettings` is all that one video is asked for, put together by
+`resolve_settings` from a message, a call and the processor. Nothing here opens a file.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -17,14 +19,14 @@ class VideoPlan:
     """What is taken of one video, as `plan_video` decided it.
 
     duration: seconds.  fps: the rate asked for, None when a number of frames was.
-    wanted: frames at that rate.  frames: frames taken, evenly spread over the duration.
+    requested: frames at that rate.  frames: frames taken, evenly spread over the duration.
     height, width: pixels of each frame.  tokens: placeholders in the prompt.
     frames_reason, size_reason: what kept frames or size from being what was asked, if anything.
     """
 
     duration: float
     fps: float | None
-    wanted: int
+    requested: int
     frames: int
     height: int
     width: int
@@ -42,8 +44,8 @@ class VideoPlan:
         rate = "" if self.fps is None else f" at {self.fps:g} fps"
         seconds = f"{self.duration:.0f}" if self.duration >= 100 else f"{self.duration:.3g}"
         frames = f"{self.frames} frame{'s' * (self.frames != 1)}"
-        if self.frames < self.wanted:
-            frames = f"{self.frames} of {self.wanted} frames"
+        if self.frames < self.requested:
+            frames = f"{self.frames} of {self.requested} frames"
         if self.frames_reason:
             frames += f" ({self.frames_reason})"
         size = f"{self.height}x{self.width}"
@@ -52,23 +54,18 @@ class VideoPlan:
         return f"{seconds} s{rate} = {frames}, {size}, {self.tokens:,} tokens"
 
 
-def resized(height: int, width: int, min_pixels: int, max_pixels: int, factor: int = 28):
+def fit_size(
+    height: int, width: int, min_pixels: int, max_pixels: int, factor: int = 28
+) -> tuple[int, int]:
     """Qwen's rule: both sides multiples of `factor`, the area between the two limits."""
     if max(height, width) > 200 * min(height, width):
         raise ValueError(
             f"A frame of {height}x{width} pixels is more than 200 times as long as it is wide; "
             "crop it first."
         )
-    rows, columns = (max(factor, round(side / factor) * factor) for side in (height, width))
-    if rows * columns > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows, columns = (
-            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
-        )
-    elif rows * columns < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return rows, columns
+    # The library rounds a side of up to half a factor to nothing.
+    least = factor // 2 + 1
+    return smart_resize(max(height, least), max(width, least), factor, min_pixels, max_pixels)
 
 
 def plan_video(
@@ -88,7 +85,7 @@ def plan_video(
     max_tokens: int | None = None,
     size: tuple[int, int] | None = None,
     factor: int = 28,
-    pair: int = 2,
+    temporal_patch_size: int = 2,
 ) -> VideoPlan:
     """Decides frames, size and tokens of a video of `source_frames` frames of `height` x `width`.
 
@@ -100,7 +97,7 @@ def plan_video(
         qwen-vl-utils. Frames shrink towards min_pixels to meet it; past that, some are given up.
     max_tokens: tokens of the whole video. Frames are given up to meet it, their size stays.
     size: height and width to use, rounded to multiples of `factor`, whatever the pixel bounds say.
-    factor, pair: pixels per token and side, and frames per token.
+    factor, temporal_patch_size: pixels per token and side, and frames per token.
 
     Raises ValueError when not even two frames fit, saying what would.
     """
@@ -112,60 +109,166 @@ def plan_video(
     if max_pixels < unit:
         logger.warning_once(f"max_pixels is {max_pixels}; using {unit}, the area of one token.")
         max_pixels = unit
-    if max_frames < pair:
-        logger.warning_once(f"max_frames is {max_frames}; using {pair}, which share their tokens.")
+    if max_frames < temporal_patch_size:
+        logger.warning_once(
+            f"max_frames is {max_frames}; using {temporal_patch_size}, which share their tokens."
+        )
     min_pixels = min(min_pixels, max_pixels)
 
     def even(count):
-        return max(pair, int(count) // pair * pair)
+        return max(temporal_patch_size, int(count) // temporal_patch_size * temporal_patch_size)
 
     cap, available = even(max_frames), min(even(source_frames), source_frames)
-    reason = size_reason = ""
+    frames_reason = size_reason = ""
     if not sample:
-        fps, wanted, frames = None, source_frames, source_frames
+        fps, requested, frames = None, source_frames, source_frames
     elif num_frames is not None:
-        fps, wanted = None, even(round(num_frames / pair) * pair)
-        frames = min(wanted, available)
-        if frames < wanted:
-            reason = "all there are"
+        fps = None
+        requested = even(round(num_frames / temporal_patch_size) * temporal_patch_size)
+        frames = min(requested, available)
+        if frames < requested:
+            frames_reason = "all there are"
             logger.warning_once(f"num_frames is {num_frames}, but the video has {source_frames}.")
     else:
         # Half a source frame of tolerance: containers round durations.
-        asked = int((duration + duration / source_frames / 2) * fps) // pair * pair
-        wanted, least = max(asked, 1), math.ceil(min_frames / pair) * pair
-        frames = min(max(asked, least), cap, available)
-        if frames < wanted:
-            reason = "frame cap" if frames == cap else "all there are"
-        elif frames > wanted:
-            reason = "minimum"
+        at_rate = int((duration + duration / source_frames / 2) * fps)
+        at_rate = at_rate // temporal_patch_size * temporal_patch_size
+        least = math.ceil(min_frames / temporal_patch_size) * temporal_patch_size
+        requested, frames = max(at_rate, 1), min(max(at_rate, least), cap, available)
+        if frames < requested:
+            frames_reason = "frame cap" if frames == cap else "all there are"
+        elif frames > requested:
+            frames_reason = "minimum"
 
     if size is not None:
         rows, columns = (max(factor, round(side / factor) * factor) for side in size)
     else:
-        rows, columns = resized(height, width, min_pixels, max_pixels, factor)
-        share = max(total_pixels * pair // frames, int(1.05 * min_pixels)) if total_pixels else None
+        rows, columns = fit_size(height, width, min_pixels, max_pixels, factor)
+        share = None
+        if total_pixels:
+            share = max(total_pixels * temporal_patch_size // frames, int(1.05 * min_pixels))
         if share is not None and rows * columns > share:
-            rows, columns = resized(height, width, min_pixels, share, factor)
+            rows, columns = fit_size(height, width, min_pixels, share, factor)
             size_reason = "total pixels"
 
-    groups, each = math.ceil(frames / pair), rows * columns // unit
+    steps, tokens_per_step = math.ceil(frames / temporal_patch_size), rows * columns // unit
     budgets = {"token budget": max_tokens, "total pixels": total_pixels and total_pixels // unit}
     for name, tokens in budgets.items():
-        if tokens is None or groups * each <= tokens:
+        if tokens is None or steps * tokens_per_step <= tokens:
             continue
-        if tokens < each:
+        if tokens < tokens_per_step:
             raise ValueError(
-                f"Two frames of {rows}x{columns} pixels are {each:,} tokens, more than the {name} "
-                f"allows ({tokens:,}): allow {each:,} tokens ({each * unit:,} pixels), or lower "
-                f"max_pixels to {max(tokens, 1) * unit:,}."
+                f"Two frames of {rows}x{columns} pixels are {tokens_per_step:,} tokens, more than "
+                f"the {name} allows ({tokens:,}): allow {tokens_per_step:,} tokens "
+                f"({tokens_per_step * unit:,} pixels), or lower max_pixels to "
+                f"{max(tokens, 1) * unit:,}."
             )
-        groups, reason = tokens // each, name
-        frames = groups * pair
+        steps, frames_reason = tokens // tokens_per_step, name
+        frames = steps * temporal_patch_size
         if name == "total pixels":
             logger.warning_once(
-                f"total_pixels is {total_pixels:,}: at min_pixels, {wanted} frames exceed it; "
+                f"total_pixels is {total_pixels:,}: at min_pixels, {requested} frames exceed it; "
                 f"taking {frames}."
             )
     return VideoPlan(
-        duration, fps, wanted, frames, rows, columns, groups * each, reason, size_reason
+        duration=duration,
+        fps=fps,
+        requested=requested,
+        frames=frames,
+        height=rows,
+        width=columns,
+        tokens=steps * tokens_per_step,
+        frames_reason=frames_reason,
+        size_reason=size_reason,
     )
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """All that is asked of one video: what `plan_video` takes, and
+
+    resized_height, resized_width: the size of every frame, whatever the pixel bounds say.
+    do_sample_frames: False for every frame there is; True also samples frames that are given.
+    do_resize: False where frames that are given have a size that can be used already.
+    video_start, video_end: seconds of the part of a file that is taken.
+    fps_given: whether fps was asked for, and is not a default.
+    """
+
+    fps: float | None
+    num_frames: int | None
+    min_frames: int
+    max_frames: int
+    min_pixels: int
+    max_pixels: int
+    total_pixels: int | None
+    max_tokens: int | None
+    resized_height: int | None
+    resized_width: int | None
+    do_sample_frames: bool | None
+    do_resize: bool | None
+    video_start: float | None
+    video_end: float | None
+    fps_given: bool
+
+    def plan(self, duration, frames, height, width, factor, temporal_patch_size, sample=True):
+        """The `VideoPlan` of a video with these numbers; all its frames where `sample` is false."""
+        size = (self.resized_height, self.resized_width)
+        return plan_video(
+            duration,
+            frames,
+            height,
+            width,
+            fps=self.fps,
+            num_frames=self.num_frames,
+            sample=sample and self.do_sample_frames is not False,
+            min_frames=self.min_frames,
+            max_frames=self.max_frames,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            total_pixels=self.total_pixels,
+            max_tokens=self.max_tokens,
+            size=size if all(size) else None,
+            factor=factor,
+            temporal_patch_size=temporal_patch_size,
+        )
+
+
+SETTINGS = tuple(field.name for field in fields(VideoSettings) if field.name != "fps_given")
+ALIASES = {"nframes": "num_frames", "sample_fps": "fps"}
+
+
+def resolve_settings(message: dict, call: dict, defaults: dict) -> VideoSettings:
+    """The settings of one video: its message's before the call's before the defaults.
+
+    message, call: may leave settings out, or give None for them. A message may use the names of
+    qwen-vl-utils (nframes, sample_fps), a call `size` for the pixel bounds.
+    defaults: every setting; `fps_given` may be missing.
+
+    Raises ValueError where fps and num_frames are both given in one place, and for a decoder
+    (`video_backend`) that is not PyAV.
+    """
+    message, call = (
+        {ALIASES.get(name, name): value for name, value in asked.items() if value is not None}
+        for asked in (message, call)
+    )
+    resolved = {"fps_given": False, **defaults}
+    for asked in (message, call, resolved):
+        if (backend := asked.pop("video_backend", None)) not in (None, "pyav"):
+            raise ValueError(
+                f"video_backend is {backend!r}, but videos are read with 'pyav' only: leave "
+                "video_backend out, or give the frames that you have decoded."
+            )
+    if unknown := sorted(set(message) - set(SETTINGS)):
+        logger.warning_once(f"Not a setting of a video, ignored: {', '.join(unknown)}.")
+    if (size := call.pop("size", None)) is not None:
+        call.setdefault("min_pixels", size["shortest_edge"])
+        call.setdefault("max_pixels", size["longest_edge"])
+    for asked in (call, message):
+        if "fps" in asked and "num_frames" in asked:
+            raise ValueError("fps and num_frames exclude each other; give one of them.")
+        if "num_frames" in asked:
+            resolved |= {"fps": None, "fps_given": False}
+        elif "fps" in asked:
+            resolved |= {"num_frames": None, "fps_given": True}
+        resolved |= {name: value for name, value in asked.items() if name in SETTINGS}
+    return VideoSettings(**resolved)

@@ -4,8 +4,10 @@
 it is not. It knows nothing of plans, tokens or the processor.
 """
 
+import copy
 import math
 import os
+from itertools import chain, islice
 
 import numpy as np
 from transformers.utils import logging
@@ -32,31 +34,35 @@ class VideoFile:
     Raises ValueError for a file that is empty, not a video, without a picture track or cut short.
     """
 
+    container = stream = None
     # Seeking in these lands on the wrong frame or loses the first second.
     IN_ORDER = ("avi", "mpeg")
     # Two times closer than this are one; containers round to a millisecond.
     CLOSE = 1e-3
     # Frames that decode faster than a seek past them.
     WORTH_SEEKING = 10
+    # Frames of a file decoded in order, more than B-frames can be out of their places.
+    FIRST_LOOK = 16
 
     def __init__(self, source: str):
         if av is None:
             raise ImportError(
                 "Reading a video file needs PyAV, which is not installed: pip install av. "
-                "(Or pass video_backend='torchcodec', or the frames themselves.)"
+                "(Or pass the frames themselves.)"
             )
         self.source = source
         self.is_url = "://" in source
         self.name = source if self.is_url else os.path.basename(source)
         self.key_gap = math.inf
-        self._rewind()
+        self._open()
         kind = self.container.format
         self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
         if kind.flags & av.format.Flags.no_timestamps.value:
             self.rate = float(self.stream.guessed_rate or self.rate)
         self.tick = float(self.stream.time_base)
         self.start, self.stamped = 0, False
-        first, whole = next(((frame, whole) for _, frame, whole in self._decode()), (None, True))
+        frames = self._decode()
+        _, first, whole = next(frames, (0, None, True))
         if first is None:
             raise self._error("has no frame that can be decoded")
         if not whole and first.pts is not None and self.stream.start_time is not None:
@@ -70,15 +76,36 @@ class VideoFile:
         self.stamped = first.pts is not None
         self.in_order = not self.stamped or kind.name in self.IN_ORDER
         self.start = first.pts if self.stamped else 0
-        if self.in_order:
-            self._say_in_order(f"seeking in {kind.name} files is not exact")
-        self._measure()
+        try:
+            if self.in_order:
+                self._say_in_order(f"seeking in {kind.name} files is not exact")
+                # Time stamps that are out of order mostly are so from the first B-frame on.
+                for _ in islice(frames, self.FIRST_LOOK):
+                    pass
+            self._measure()
+        except Remeasure:  # measured already
+            pass
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.container.close()
+        self.close()
+
+    def close(self):
+        """Frees the decoder; reading opens the file again."""
+        if self.container is not None:
+            self.container.close()
+            self.container = self.stream = None
+
+    def __del__(self):
+        self.close()  # PyAV's containers and streams refer to each other, and would stay open
+
+    def closed_copy(self):
+        """The same file as it was measured, not open."""
+        other = copy.copy(self)
+        other.container = other.stream = None
+        return other
 
     def image(self, frame) -> np.ndarray:
         """The upright picture of a frame, uint8 [height, width, 3]."""
@@ -89,8 +116,7 @@ class VideoFile:
 
     def frames_at(self, seconds):
         """Yields (time of the frame, frame) on screen at each of the ascending `seconds`."""
-        self._rewind()
-        frames = self._decode()
+        frames = self._from_start()
         held = ahead = next(frames, None)
         if held is None:
             raise self._error("has no frame that can be decoded")
@@ -145,12 +171,26 @@ class VideoFile:
                 break
             step = max(1.0, 2 * step)
         else:
-            self._rewind()
+            self._open()
             frames = self._decode()
             first = next(frames)
         # Seeking pays only for gaps larger than what has to be decoded after it.
         self.key_gap = max(self.key_gap, second - first[0])
         return first, frames
+
+    def _from_start(self):
+        """What `_decode` yields, from the first frame on."""
+        if self.container is not None and not self.in_order:
+            try:
+                self.container.seek(self.start, stream=self.stream, backward=True)
+                frames = self._decode()
+                first = next(frames, None)
+            except av.FFmpegError:
+                first = None
+            if first is not None and abs(first[0]) <= self.CLOSE:
+                return chain([first], frames)
+        self._open()
+        return self._decode()
 
     def _decode(self):
         """Yields (seconds since the first frame, frame, whole) from the current position on.
@@ -214,7 +254,7 @@ class VideoFile:
         if not self.in_order and promised is not None:
             end, everything = self._packets_from(promised - 1)
         if end is None:
-            self._rewind()
+            self._open()
             end, everything = self._packets_from(None)
         if self.in_order:
             self.frames = self.packets
@@ -273,10 +313,9 @@ class VideoFile:
         end = (stamps[-1] - self.start) * self.tick + self.last_frame_lasts
         return end, max(end, sound)
 
-    def _rewind(self):
+    def _open(self):
         """Opens the file (again): the one way back to the start that every format has."""
-        if getattr(self, "container", None) is not None:
-            self.container.close()
+        self.close()
         if not self.is_url:
             if not os.path.exists(self.source):
                 raise FileNotFoundError(f"There is no video file {self.source}.")

@@ -33,6 +33,7 @@ CODE_FILES = (
     "nsa_kernels_tiles.py",
     "nsa_kernels_window.py",
     "processing_videonsa.py",
+    "planned_video_videonsa.py",
     "video_plan_videonsa.py",
     "video_reader_videonsa.py",
     "pixel_stream_videonsa.py",

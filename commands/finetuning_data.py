@@ -287,7 +287,7 @@ class Conversations(Dataset):
             if not plans or room <= 0:
                 raise ValueError(f"{over}, and there is no video to shorten")
             try:
-                planned, plans = self.processor.plan_videos(messages, max_tokens=room)
+                planned, plans = self.processor.plan_videos(planned, max_tokens=room)
             except ValueError as error:
                 raise ValueError(f"{over}: {error}") from error
             note = f"{over}: " + "; ".join(plan.describe() for plan in plans)

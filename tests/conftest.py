@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+from pathlib import Path
 
+import av
 import pytest
 import torch
 
@@ -25,3 +27,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The names of the video files that are opened from here on, as often as each is."""
+    names, open_file = [], av.open
+
+    def counting(file, *args, **kwargs):
+        names.append(Path(file).name)
+        return open_file(file, *args, **kwargs)
+
+    monkeypatch.setattr(av, "open", counting)
+    return names

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import clips
+from commands.conversation import TooLarge
 from paths import ROOT
 
 
@@ -183,13 +184,18 @@ def test_a_conversation_without_a_first_question(ask, folder, monkeypatch, capsy
 
 
 def conversation(ask, processor, model, answer_length, available=None):
-    def foresee(prompt, vision, new):
+    def forecast_memory(prompt, vision, new):
         return ask.forecast(
             model.config, prompt, vision_tokens=vision, new_tokens=new, available=available
         )
 
     return ask.Conversation(
-        processor, lambda: model, 10**6, foresee, {}, None, answer_length, stream=False
+        processor,
+        lambda: model,
+        forecast_memory,
+        max_position_embeddings=10**6,
+        max_new_tokens=answer_length,
+        print_answer=False,
     )
 
 
@@ -216,7 +222,7 @@ class Stop:
 def test_a_turn_that_fails_leaves_the_conversation_as_it_was(ask, folder, error):
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True)
-    raised = KeyboardInterrupt if error is KeyboardInterrupt else ask.TooLarge
+    raised = KeyboardInterrupt if error is KeyboardInterrupt else TooLarge
     first, later = str(folder / "five.mp4"), str(folder / "two.webm")
     records = []
     for failing in (False, True):
@@ -261,7 +267,7 @@ def test_running_out_of_memory_leaves_the_conversation_as_it_was(ask, folder, tm
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(0.0)
             try:
-                with pytest.raises(ask.TooLarge, match=r"^out of memory: [\d,]+ tokens: .*; take"):
+                with pytest.raises(TooLarge, match=r"^out of memory: [\d,]+ tokens: .*; take"):
                     chat.ask([str(large)], "And this?", quiet)
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0)
@@ -293,10 +299,19 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(ask, folder):
     whole = ask.forecast(model.config, 100, vision_tokens=75).peak * 2**30
     chat = conversation(ask, processor, model, 3, available=0.8 * whole)
     chat.load_model = None
-    with pytest.raises(ask.TooLarge, match=r"does not fit: 1\d\d tokens: .* of the 10 frames, or"):
+    with pytest.raises(TooLarge, match=r"does not fit: 1\d\d tokens: .* of the 10 frames, or"):
         chat.ask([str(folder / "five.mp4")], "What is shown?", quiet)
     chat = conversation(ask, processor, model, 3, available=0.95 * whole)  # it may yet
     chat.ask([str(folder / "five.mp4")], "What is shown?", quiet)
+
+
+def test_a_conversation_opens_each_video_once(ask, folder, monkeypatch, capsys, opened):
+    options = ["--interactive", "--json", "--max-new-tokens", 1, "--max-tokens", 60]
+    lines = f"And?\n/video {folder / 'two.webm'}\nCompare them."
+    run(ask, monkeypatch, folder / "five.mp4", "What is shown?", *options, lines=lines)
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [[m["tokens"] for m in one["media"]] for one in records] == [[60], [], [30]]
+    assert opened == ["five.mp4", "two.webm"]
 
 
 def test_ctrl_c_drops_a_question(ask, folder, monkeypatch, capsys):

@@ -335,6 +335,16 @@ def test_a_long_conversation_gives_up_frames_never_placeholders(processor, model
     assert skipped[0][0] == "skipped" and "limit of 40" in skipped[0][2]
 
 
+@pytest.mark.parametrize("share", [None, 20], ids=["whole", "shortened"])
+def test_a_row_opens_its_video_once(processor, folder, opened, share):
+    data = str(write_rows(folder / "once.jsonl", [ROW]))
+    limit = share and len(Conversations([data], processor)[0]["input_ids"]) - share
+    opened.clear()
+    item = Conversations([data], processor, max_tokens=limit)[0]
+    assert [what for what, *_ in item["notes"]] == (["shortened"] if share else [])
+    assert opened == [Path(ROW["video"]).name]
+
+
 def test_what_cannot_be_read_is_skipped_counted_and_listed(folder, tmp_path):
     (folder / "empty.mp4").write_bytes(b"")
     broken = [clips.cut_short(tmp_path), folder / "empty.mp4", folder / "gone.mp4"]

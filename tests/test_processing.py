@@ -2,8 +2,8 @@
 
 import copy
 import json
+import os
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -380,10 +380,73 @@ def test_saved_without_having_been_loaded(processor, tmp_path):
     assert (again.video_processor.fps, again.video_processor.max_pixels) == (4.0, 12544)
 
 
-def test_bound_videos_survive_a_worker_process(processor, clip):
-    messages, _ = processor.plan_videos(message({"type": "video", "video": clip}), max_tokens=30)
-    bound = messages[0]["content"][0]["video"]
-    module = sys.modules[type(bound).__module__]
-    assert isinstance(bound, module._Video)
-    again = pickle.loads(pickle.dumps(bound))
-    assert (again, again.settings) == (clip, {"max_tokens": 30})
+def test_a_planned_video_says_that_it_cannot_be_sent(processor, clip):
+    """It holds an open file. The messages that it was planned from can be sent, and copied."""
+    messages = message({"type": "video", "video": clip, "fps": 1.0})
+    planned, _ = processor.plan_videos(messages, max_tokens=30)
+    with pytest.raises(TypeError, match="cannot be sent to another process.*before plan_videos"):
+        pickle.dumps(planned)
+    again = pickle.loads(pickle.dumps(messages))
+    assert take(processor, again)["video_grid_thw"].tolist() == [[2, 6, 10]]
+    for whole in (copy.deepcopy(planned), planned):
+        assert take(processor, whole)["video_grid_thw"].tolist() == [[2, 6, 10]]
+    for other in (pickle.loads(pickle.dumps(processor)), copy.deepcopy(processor)):
+        assert take(other, messages)["video_grid_thw"].tolist() == [[2, 6, 10]]
+
+
+def test_the_plan_that_was_shown_is_the_plan_that_is_read(processor, clip, caplog):
+    part = {"type": "video", "video": clip}
+    messages, (plan,) = processor.plan_videos(message(part), fps=1.0)
+    assert plan.frames == 4
+    assert len(numbers(processor, take(processor, messages))) == 4
+    assert not caplog.text
+    out = take(processor, messages, fps=2.0, max_pixels=784)
+    assert out["video_grid_thw"].tolist() == [[2, 6, 10]]
+    assert "planned before this call, which ignores fps=2.0, max_pixels=784" in caplog.text
+    messages[0]["content"][0]["fps"] = 2.0  # a message's own settings are a new plan
+    assert take(processor, messages)["video_grid_thw"].tolist() == [[5, 6, 10]]
+    _, (plan,) = processor.plan_videos(message(part))
+    out = processor(text=take_text(processor), videos=[clip], return_tensors="pt")
+    assert out["video_grid_thw"].tolist() == [[5, 6, 10]] and plan.frames == 10
+
+
+def test_the_video_processor_of_another_copy_of_the_code(processor, clip):
+    """The loader makes a copy for each folder; here, the classes of the tests and of the loader."""
+    mixed = VideoNSAProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        processor.video_processor,
+        chat_template=processor.chat_template,
+    )
+    assert not isinstance(processor.video_processor, VideoNSAVideoProcessor)
+    messages = message({"type": "video", "video": clip, "fps": 1.0})
+    planned, (plan,) = mixed.plan_videos(messages)
+    assert plan.frames == 4
+    for source in (messages, planned):
+        assert numbers(mixed, take(mixed, source)) == [0, 12, 25, 37]
+    assert numbers(processor, take(processor, mixed.plan_videos(messages)[0])) == [0, 12, 25, 37]
+    out = mixed(text=take_text(mixed), videos=[painted(8)], fps=4.0, return_tensors="pt")
+    assert numbers(mixed, out) == list(range(8))
+
+
+def open_files(path):
+    links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    return sum(os.path.realpath(link) == os.path.realpath(path) for link in links)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+def test_a_dropped_plan_closes_its_file(processor, clip):
+    messages, _ = processor.plan_videos(message({"type": "video", "video": clip}))
+    assert open_files(clip) == 1
+    again, _ = processor.plan_videos(messages, max_tokens=30)
+    assert open_files(clip) == 1
+    take(processor, again)
+    assert open_files(clip) == 0
+    again = processor.plan_videos(messages)
+    del messages, again
+    messages, _ = processor.plan_videos(message({"type": "video", "video": clip}))
+    assert open_files(clip) == 1
+    del messages
+    assert open_files(clip) == 0
+    processor.video_processor.plan(clip)
+    assert open_files(clip) == 0

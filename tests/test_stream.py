@@ -173,8 +173,6 @@ def test_what_a_stream_refuses(processor, folder):
     stream.close()
     with pytest.raises(ValueError, match="it was closed"):
         stream[240:300]
-    with pytest.raises(ValueError, match="stream=True needs video_backend='pyav', not 'decord'"):
-        take(processor, str(folder / "plain.mp4"), stream=True, video_backend="decord")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Video files as users have them: the frames that come out are those on screen at their times."""
 
 import http.server
-import importlib
+import sys
 import threading
 import time
 
@@ -22,6 +22,12 @@ TENTHS = [i / 10 for i in range(1000)]  # times of a clip at 10 frames a second
 @pytest.fixture(scope="module")
 def processor():
     return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def module(processor):
+    """The module of the processor's own classes, which the loader made."""
+    return sys.modules[type(processor).__module__]
 
 
 @pytest.fixture(autouse=True)
@@ -323,8 +329,6 @@ def test_a_part_of_a_file(processor, folder):
     assert out["second_per_grid_ts"].tolist() == [1.0]
     with pytest.raises(ValueError, match=r"leave nothing of plain\.mp4, which lasts 5\.0 s"):
         read(processor, path, video_start=6.0)
-    with pytest.raises(ValueError, match="need video_backend='pyav', not 'decord'"):
-        read(processor, path, video_start=1.0, video_backend="decord")
 
 
 def test_every_frame_when_sampling_is_off(processor, folder):
@@ -382,17 +386,59 @@ def test_a_url(processor, folder):
         server.server_close()
 
 
-def test_another_decoder_is_used_only_when_asked_for(processor, folder):
+@pytest.mark.parametrize("backend", ["opencv", "torchcodec", "decord"])
+def test_another_decoder_is_refused(processor, folder, backend):
     path = clips.write_clip(folder / "plain.mp4", 50)
-    with pytest.raises(ValueError, match="video_backend is 'opencv'; choose from pyav, torchcodec"):
-        read(processor, path, video_backend="opencv")
-    for backend in ("torchcodec", "decord"):
-        try:
-            importlib.import_module(backend)
-        except (ImportError, OSError, RuntimeError):
-            with pytest.raises(ImportError, match=f"video_backend is '{backend}', which cannot"):
-                read(processor, path, video_backend=backend)
-        else:
-            frames, metadata, _ = read(processor, path, fps=2, video_backend=backend)
-            assert [clips.number_in(frame) for frame in frames] == list(range(0, 50, 5))
-            assert metadata.timestamps == pytest.approx([i / 2 for i in range(10)])
+    refusal = (
+        f"video_backend is '{backend}', but videos are read with 'pyav' only: leave video_back"
+    )
+    with pytest.raises(ValueError, match=refusal):
+        read(processor, path, video_backend=backend)
+    for call in ({"video_backend": backend}, {"video_backend": backend, "stream": True}):
+        with pytest.raises(ValueError, match=refusal):
+            processor.video_processor([str(path)], **call)
+    made = type(processor.video_processor)(video_backend=backend)
+    with pytest.raises(ValueError, match=refusal):
+        made([str(path)])
+    assert len(read(processor, path, fps=2, video_backend="pyav")[0]) == 10
+
+
+@pytest.mark.parametrize("name", ["plain.mp4", "keys.mkv", "live.webm"])
+def test_a_file_is_opened_once(processor, folder, opened, name):
+    codec = {"codec": "libvpx-vp9"} if name.endswith("webm") else {"options": {"g": "20"}}
+    path = str(clips.write_clip(folder / name, 50, **codec))
+    opened.clear()
+    read(processor, path, fps=2)
+    assert opened == [name]
+    opened.clear()
+    stream = processor.video_processor([path], stream=True)["pixel_values_videos"]
+    stream[:]
+    assert opened == [name]
+    opened.clear()
+    part = {"type": "video", "video": path}
+    messages, _ = processor.plan_videos([{"role": "user", "content": [part]}])
+    for tokens in (60, 30):
+        messages, (plan,) = processor.plan_videos(messages, max_tokens=tokens)
+    call = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    out = processor.apply_chat_template(messages, **call)
+    assert (out["input_ids"] == processor.video_token_id).sum() == plan.tokens == 30
+    assert opened == [name]
+    processor.apply_chat_template(messages, **call)
+    assert opened == [name, name]  # a second reading of the same plan
+
+
+def test_what_is_read_in_order_is_measured_once(processor, folder, monkeypatch, module):
+    path = str(clips.write_clip(folder / "order.avi", 60, codec="mpeg4"))
+    measured, measure = [], module.VideoFile._packets_from
+
+    def counting(file, second):
+        measured.append(second)
+        return measure(file, second)
+
+    monkeypatch.setattr(module.VideoFile, "_packets_from", counting)
+    part = {"type": "video", "video": path}
+    messages, _ = processor.plan_videos([{"role": "user", "content": [part]}])
+    messages, _ = processor.plan_videos(messages, max_tokens=30)
+    call = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    processor.apply_chat_template(messages, **call)
+    assert measured == [None]

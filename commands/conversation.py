@@ -1,0 +1,236 @@
+"""A conversation about videos and images, as ask.py holds it: turns answered on one cache.
+
+A turn goes one way: its files become the parts of a message, the videos among them are opened and
+planned within the token budget, what is taken and the memory it needs are reported, and `generate`
+reads the planned videos as a stream while it answers.
+"""
+
+import gc
+import math
+import mimetypes
+import os
+import re
+import sys
+import time
+
+import torch
+from transformers import TextStreamer
+from transformers.image_utils import load_image
+
+ANSWER = "<answer>"  # stands for an earlier answer where a template is rendered around it
+MARGIN = 1.1  # a forecast this much above the memory there is does not fit for sure
+REMEDY = "take less of the videos with --max-tokens, --max-frames, --fps or --max-pixels"
+
+
+class TooLarge(ValueError):
+    """A question for which the device's memory does not suffice, or did not."""
+
+
+class Conversation:
+    """Turns of one conversation, answered on one cache.
+
+    load_model: loads the model; called at the first question that fits.
+    forecast_memory: the `Forecast` of a prompt from its tokens, vision tokens and the answer's.
+    max_position_embeddings: tokens that the model was made for.
+    settings: what is asked of every video, as a call of the processor takes it.
+    max_tokens: vision tokens that one turn may bring.
+    print_answer: whether the answer is printed while it is made.
+    """
+
+    def __init__(
+        self,
+        processor,
+        load_model,
+        forecast_memory,
+        *,
+        max_position_embeddings,
+        settings=None,
+        max_tokens=None,
+        max_new_tokens=None,
+        print_answer=True,
+    ):
+        self.processor, self.load_model, self.model = processor, load_model, None
+        self.forecast_memory = forecast_memory
+        self.max_position_embeddings = max_position_embeddings
+        self.settings, self.max_tokens = settings or {}, max_tokens
+        self.generation = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        self.print_answer = print_answer
+        self.sequence = None  # ids [1, length] of all turns so far
+        self.cache = {}  # under the name that generate takes it by
+
+    def ask(self, files, question, report=print):
+        """Answers one question about these files and what came before; returns a record of it.
+
+        report: takes a line about each file and about the whole, before the model runs.
+
+        Raises TooLarge where memory does not suffice. After this and any other exception, Ctrl-C
+        too, the conversation is as it was before the question.
+        """
+        content = [*map(media_part, files), {"type": "text", "text": question}]
+        content, media = self.plan(files, content)
+        for medium in media:
+            report(f"{medium['file']}: {medium['taken']}")
+
+        inputs = self.encode(content)
+        # Those of the new turn only; the model makes its own.
+        vision = int((inputs.pop("mm_token_type_ids") > 0).sum())
+        prompt = inputs["input_ids"].shape[1]
+        report(f"{prompt:,} tokens in the prompt, {vision:,} of them new vision tokens")
+        forecast = self.forecast_memory(prompt, vision, self.generation.get("max_new_tokens", 0))
+        report(forecast.describe())
+        frames = sum(medium.get("frames", 0) for medium in media)
+        if forecast.fits is False and forecast.peak > MARGIN * forecast.available:
+            raise TooLarge(too_large("this does not fit", forecast, frames))
+        if prompt > self.max_position_embeddings:
+            print(
+                f"ask.py: notice: the model was made for {self.max_position_embeddings:,} tokens; "
+                "--max-tokens takes less of the videos",
+                file=sys.stderr,
+            )
+            self.max_position_embeddings = math.inf  # said once
+
+        start = time.monotonic()
+        output = self.generate(inputs)
+        if output is None:
+            raise TooLarge(too_large("out of memory", forecast, frames))
+        name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
+        self.cache = {name: output[name]}
+        self.sequence = output["sequences"].cpu()
+        answer = self.sequence[0, prompt:]
+        text = self.processor.tokenizer.decode(answer, skip_special_tokens=True)
+        return {
+            "media": media,
+            "vision_tokens": vision,
+            "prompt_tokens": prompt,
+            "forecast_gib": round(forecast.peak, 3),
+            "answer": text.strip(),
+            "answer_tokens": len(answer),
+            "answering_seconds": round(time.monotonic() - start, 2),
+        }
+
+    def plan(self, files, content):
+        """The content with its videos planned within the budget, and what is taken of each file."""
+        images = [image_size(self.processor, image) for image in sources(content, "image")]
+        budget = self.max_tokens
+        if budget is not None:
+            budget -= sum(tokens for _, tokens in images)
+            if budget < 0:
+                raise ValueError(
+                    f"the images alone take {self.max_tokens - budget} tokens, more than "
+                    f"--max-tokens {self.max_tokens}; allow more or give fewer"
+                )
+        turn = [{"role": "user", "content": content}]
+        (turn, *_), plans = self.processor.plan_videos(turn, max_tokens=budget, **self.settings)
+        images, plans = iter(images), iter(plans)
+        media = []
+        for file, part in zip(files, content, strict=False):
+            if part["type"] == "image":
+                size, tokens = next(images)
+                medium = {"taken": f"{size}, {tokens:,} tokens", "tokens": tokens}
+            else:
+                plan = next(plans)
+                medium = {"taken": plan.describe(), "tokens": plan.tokens, "frames": plan.frames}
+            media.append({"file": file, **medium})
+        return turn["content"], media
+
+    def encode(self, content):
+        """The model's inputs for all turns so far and a new one with this content."""
+        inputs = self.processor(
+            text=[self.render(content)],
+            images=sources(content, "image") or None,
+            videos=sources(content, "video") or None,
+            return_tensors="pt",
+            videos_kwargs={"stream": True, "progress": True},
+            text_kwargs={"verbose": False},  # the notice of `ask` says it when that is too long
+        )
+        if self.sequence is not None:
+            inputs["input_ids"] = torch.cat([self.sequence, inputs["input_ids"]], dim=1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        return inputs
+
+    def render(self, content):
+        """The text of a user's turn, which follows an answer unless it is the first turn."""
+        turn = {"role": "user", "content": content}
+        if self.sequence is None:
+            return self.processor.apply_chat_template([turn], add_generation_prompt=True)
+        earlier = [
+            {"role": "user", "content": [{"type": "text", "text": "-"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
+        ]
+        text = self.processor.apply_chat_template([*earlier, turn], add_generation_prompt=True)
+        text = text.split(ANSWER, 1)[1]
+        tokenizer = self.processor.tokenizer
+        if self.sequence[0, -1] == tokenizer.eos_token_id:
+            text = text.removeprefix(tokenizer.eos_token)
+        return text
+
+    def generate(self, inputs):
+        """The model's outputs, or None when it ran out of memory; the cache is then as before."""
+        cached = next(iter(self.cache.values()), None)
+        length = 0 if cached is None else cached.get_seq_length()
+        tokenizer, streamer = self.processor.tokenizer, None
+        if self.print_answer:
+            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        pixels, output = inputs.get("pixel_values_videos"), None
+        try:
+            if self.model is None:
+                self.model = self.load_model()
+            output = self.model.generate(
+                **inputs.to(self.model.device),
+                **self.cache,
+                **self.generation,
+                streamer=streamer,
+                return_dict_in_generate=True,
+            )
+        except torch.OutOfMemoryError:
+            pass  # as long as it is handled, it holds on to the memory that is to be freed
+        finally:
+            getattr(pixels, "close", lambda: None)()  # a stream that was not read to its end
+            if output is None:
+                gc.collect()
+                if cached is not None:
+                    crop(cached, length)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        return output
+
+
+def is_media(argument):
+    return os.path.isfile(argument) or re.fullmatch(r"\w+://\S+", argument) is not None
+
+
+def is_image(path):
+    kind = mimetypes.guess_type(path)[0] or ""
+    return kind.startswith("image/") and kind != "image/gif"
+
+
+def media_part(path):
+    """The part of a message that brings this file; an image is loaded, a video not yet."""
+    if not is_media(path):
+        raise FileNotFoundError(f"there is no file {path}")
+    if is_image(path):
+        return {"type": "image", "image": load_image(path)}
+    return {"type": "video", "video": path}
+
+
+def sources(content, kind):
+    return [part[kind] for part in content if part["type"] == kind]
+
+
+def image_size(processor, image):
+    """("height x width" that an image is resized to, its tokens)."""
+    grid = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"][0]
+    patch, merge = processor.image_processor.patch_size, processor.image_processor.merge_size
+    return f"{grid[1] * patch}x{grid[2] * patch}", int(grid.prod()) // merge**2
+
+
+def crop(cache, length):
+    """Cuts a cache to its first `length` tokens; its layers may differ after an interruption."""
+    for layer in cache.layers:
+        # Copies, because a part of a tensor would keep the memory of the whole.
+        layer.keys = layer.keys[..., :length, :].clone()
+        layer.values = layer.values[..., :length, :].clone()
+
+
+def too_large(what, forecast, frames):
+    return f"{what}: {forecast.describe()}; {forecast.remedies(frames) or REMEDY}"

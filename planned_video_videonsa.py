@@ -1,0 +1,275 @@
+"""One video of a call, from where it comes from to the frames of its plan.
+
+`VideoPart` is a video with the settings of its message, not looked at yet. Planning opens it, once:
+`PlannedFile` holds the measured file, `PlannedFrames` the frames that were given, and both their
+`VideoPlan`. The plan that was shown is the plan that is read.
+"""
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_utils import (
+    ChannelDimension,
+    infer_channel_dimension_format,
+    load_image,
+)
+from transformers.utils import logging
+from transformers.video_utils import VideoMetadata
+
+from .video_plan_videonsa import VideoPlan, VideoSettings, resolve_settings
+from .video_reader_videonsa import Remeasure, VideoFile
+
+logger = logging.get_logger(__name__)
+
+
+class VideoPart:
+    """A video that is not planned yet. No dataclass: in messages, the library takes those apart.
+
+    source: path, address, array or tensor [frames, ...], or list of frames.
+    settings: what the message says of this video.
+    """
+
+    def __init__(self, source, settings: dict | None = None):
+        self.source, self.settings = source, settings or {}
+
+    def __deepcopy__(self, memo):
+        return self  # the library copies a call's keyword arguments; nothing here changes
+
+
+class _Planned:
+    """What is alike in the two kinds of planned videos.
+
+    part: the `VideoPart` that was planned.  settings: all that was asked of it.
+    plan: what is taken.  sizes: (pixels per token and side, frames per token).
+    """
+
+    def __init__(self, part: VideoPart, settings: VideoSettings, sizes: tuple[int, int]):
+        self.part, self.settings, self.sizes = part, settings, sizes
+        self.plan = self.make_plan()
+
+    def __deepcopy__(self, memo):
+        return self  # as for VideoPart; what is open has one owner
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "A planned video holds an open file and cannot be sent to another process or saved: "
+            "send the messages as they were before plan_videos, and plan them where they are read."
+        )
+
+
+class PlannedFile(_Planned):
+    """A video file that is open and measured, and what is taken of it.
+
+    The file is closed when its frames have been read and when this is dropped. Read again, it is
+    opened again, but not measured.
+    """
+
+    def __init__(self, file: VideoFile, *args):
+        self.file = file
+        super().__init__(*args)
+
+    def make_plan(self) -> VideoPlan:
+        file, settings = self.file, self.settings
+        self.start = settings.video_start or 0
+        end = min(settings.video_end or file.duration, file.duration)
+        if not 0 <= self.start < end:
+            raise ValueError(
+                f"video_start {self.start} and video_end {end} leave nothing of {file.name}, which "
+                f"lasts {file.duration:.1f} s."
+            )
+        frames = max(1, round(file.frames * (end - self.start) / file.duration))
+        return settings.plan(end - self.start, frames, file.height, file.width, *self.sizes)
+
+    def planned_again(self, settings=None):
+        """The same file under other settings, or after its measures have changed."""
+        return PlannedFile(self.take_file(), self.part, settings or self.settings, self.sizes)
+
+    def take_file(self) -> VideoFile:
+        """The open file; the caller owns it, and this has only its measures left."""
+        file, self.file = self.file, self.file.closed_copy()
+        return file
+
+    def close(self):
+        self.file.close()
+
+    def read(self, times):
+        """Yields the frames of the plan, uint8 [3, height, width]; adds their times to `times`.
+
+        Raises Remeasure where the file is not as it was measured; plan it again then.
+        """
+        with self.take_file() as file:
+            try:
+                for time, frame in file.frames_at([self.start + s for s in self.plan.seconds]):
+                    times.append(time)
+                    yield torch.from_numpy(file.image(frame).copy()).permute(2, 0, 1)
+            except Remeasure:
+                self.file = file.closed_copy()
+                raise
+
+    def metadata(self, times=None) -> VideoMetadata:
+        """Of the frames on screen at these times, or where the plan looks for them."""
+        file, plan = self.file, self.plan
+        if times is None:
+            # Times at the file's own rate; which frames there are has not been seen.
+            times = [
+                int((self.start + s + file.CLOSE) * file.rate) / file.rate for s in plan.seconds
+            ]
+        # A rate at which the frames taken are what the plan says apart.
+        total = max(1, round(plan.duration * file.rate))
+        rate = total / plan.duration
+        indices = [round(time * rate) for time in times]
+        if any(abs(time * rate - i) > 0.25 for time, i in zip(times, indices, strict=True)):
+            # A file of changing rate has no frame number for a time: count on an even grid of
+            # about its mean rate that holds every sampled time exactly.
+            step = max(1, round(file.frames * plan.duration / file.duration / plan.frames))
+            total, rate = step * plan.frames, step * plan.frames / plan.duration
+            indices = [round(self.start * rate) + i for i in range(0, total, step)]
+        return VideoMetadata(
+            total_num_frames=total,
+            fps=rate,
+            height=file.height,
+            width=file.width,
+            duration=plan.duration,
+            video_backend="pyav",
+            frames_indices=indices,
+        )
+
+
+class PlannedFrames(_Planned):
+    """Frames that are given, [frames, channels, height, width], and which of them are taken."""
+
+    def __init__(self, frames: torch.Tensor, metadata, *args):
+        self.frames, self.given = frames, metadata
+        super().__init__(*args)
+
+    def make_plan(self) -> VideoPlan:
+        count, (height, width) = len(self.frames), self.frames.shape[-2:]
+        settings, metadata = self.settings, self.given
+        sample = bool(settings.do_sample_frames)
+        if metadata is None:
+            if not settings.fps_given:
+                logger.warning_once(
+                    "Frames were given without metadata or fps; taking them for 2 a second."
+                )
+            rate = settings.fps if settings.fps_given else 2.0
+            # At their own rate there is nothing to choose from; a number of frames can be asked.
+            sample = sample and settings.num_frames is not None
+            metadata = VideoMetadata(total_num_frames=count, fps=rate)
+        else:
+            metadata = VideoMetadata(**dict(metadata))
+        total, rate = metadata.total_num_frames or count, metadata.fps
+        if not rate:
+            raise ValueError("video_metadata has no fps; give the rate of the video.")
+        indices = metadata.frames_indices
+        indices = _spread(total, count) if indices is None else [int(i) for i in indices]
+        if len(indices) != count:
+            raise ValueError(
+                f"video_metadata counts {len(indices)} frames (frames_indices), but {count} were "
+                "given."
+            )
+        plan = settings.plan(total / rate, count, height, width, *self.sizes, sample=sample)
+        self.kept = _spread(count, plan.frames)
+        metadata.total_num_frames, metadata.fps = total, rate
+        metadata.frames_indices = [indices[i] for i in self.kept]
+        self._metadata = metadata
+        return plan
+
+    def planned_again(self, settings=None):
+        return PlannedFrames(
+            self.frames, self.given, self.part, settings or self.settings, self.sizes
+        )
+
+    def close(self):
+        pass
+
+    def read(self, times):
+        """Yields the frames of the plan, uint8 [3, height, width]."""
+        for i in self.kept:
+            yield self.frames[i]
+
+    def metadata(self, times=None) -> VideoMetadata:
+        return replace(self._metadata)
+
+
+def list_videos(videos) -> list:
+    """The videos of a call, flat: each a `VideoPart` or planned already.
+
+    videos: one or (nested) lists of paths, addresses, arrays, tensors, lists of frames and of what
+    this returns.
+    """
+    if _is_own(videos):
+        return [videos]
+    if isinstance(videos, (str, Path)):
+        return [VideoPart(_plain_path(videos))]
+    if isinstance(videos, (np.ndarray, torch.Tensor)):
+        if videos.ndim == 5:
+            return [VideoPart(video) for video in videos]
+        return [VideoPart(videos if videos.ndim == 4 else videos[None])]
+    if isinstance(videos, (list, tuple)):
+        if videos and all(_is_frame(item) for item in videos):
+            return [VideoPart(videos)]
+        return [video for item in videos for video in list_videos(item)]
+    raise ValueError(
+        f"A video is a path, a URL, an array of frames or a list of frames, not {type(videos)}."
+    )
+
+
+def with_settings(source, settings: dict):
+    """The video that a part of a message brings with these settings."""
+    if _is_own(source):
+        if not settings or isinstance(source, VideoPart):
+            return source
+        return source.planned_again(resolve_settings(settings, {}, asdict(source.settings)))
+    return VideoPart(_plain_path(source), settings)
+
+
+def stack_frames(source) -> torch.Tensor:
+    """The frames of a message or call, [frames, channels, height, width]."""
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return _channels_first(torch.as_tensor(source))
+    frames = [
+        load_image(frame) if isinstance(frame, str) else frame for frame in map(_plain_path, source)
+    ]
+    frames = [
+        torch.from_numpy(np.array(frame.convert("RGB")))
+        if isinstance(frame, Image.Image)
+        else torch.as_tensor(frame)
+        for frame in frames
+    ]
+    sizes = {tuple(frame.shape) for frame in frames}
+    if len(sizes) != 1:
+        raise ValueError(f"The frames of a video must have one size, not {sorted(sizes)}.")
+    return _channels_first(torch.stack(frames))
+
+
+def _plain_path(item):
+    """Paths and file:// addresses as plain paths, everything else as it is."""
+    return os.fspath(item).removeprefix("file://") if isinstance(item, (str, Path)) else item
+
+
+def _is_own(item):
+    # By name, because the loader makes a copy of these classes for every folder that it loads.
+    return type(item).__name__ in ("VideoPart", "PlannedFile", "PlannedFrames")
+
+
+def _is_frame(item):
+    return isinstance(item, Image.Image) or (
+        isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 3
+    )
+
+
+def _channels_first(video):
+    """[frames, height, width, channels] or [frames, channels, height, width] to the latter."""
+    if video.ndim != 4 or not len(video):
+        raise ValueError(f"A video must be [frames, height, width, 3], not {list(video.shape)}.")
+    kind = infer_channel_dimension_format(video, num_channels=(1, 3, 4))
+    return video.permute(0, 3, 1, 2) if kind == ChannelDimension.LAST else video
+
+
+def _spread(total, count) -> list[int]:
+    """`count` of the indices below `total`, evenly."""
+    return [int(i * total / count + 1e-6) for i in range(count)]
