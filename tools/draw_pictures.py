@@ -138,7 +138,7 @@ def draw_branches():
         is_complete = (number + 1) * block - 1 <= query
         box(left(number * block), compressed, block, BLUE if is_complete else FAINT)
 
-    label(selected, "selected", "highest-scoring\nblocks, its own", ORANGE)
+    label(selected, "selected", "its own block and\nthe best-scored", ORANGE)
     tokens(selected, ORANGE, lambda token: token // block in chosen and token <= query)
     for number in chosen[:-1]:
         middle = left(number * block) + block / 2
@@ -150,7 +150,7 @@ def draw_branches():
     label(near, "window", "the last tokens", GREEN)
     tokens(near, GREEN, lambda token: query - window < token <= query)
 
-    gate, total, middle = left(block * blocks) + 1.2, 47.2, selected + 0.65
+    gate, total, middle = left(block * blocks) + 1.4, 47.2, selected + 0.65
     for y, name, colour in (
         (compressed, "cmp", BLUE),
         (selected, "slc", ORANGE),
