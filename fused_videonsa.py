@@ -1,11 +1,11 @@
 """RMSNorm, SwiGLU and rotary embedding in one pass over memory each, forward and backward.
 
 Every function equals Qwen2.5-VL's own expression, rounding for rounding. On CUDA with Triton they
-are kernels; elsewhere, for other dtypes, for few tokens, whose time is that of the launches, and
-under torch.compile, which fuses by itself, they are that expression in plain PyTorch (but for
-RMSNorm of few tokens on CUDA, where torch has a kernel of its own).
+are kernels. They are that expression in plain PyTorch elsewhere, for other dtypes, for small
+tensors, where launching a kernel takes longer than it saves, and under torch.compile, which fuses
+by itself; but RMSNorm of small tensors on CUDA is torch's own kernel.
 
-Shapes: D features, I intermediate features, H heads. One row is [D], [I] or a token's [H, D].
+Shapes: N rows (tokens or patches), D features, I intermediate features, H heads.
 Numbers: statistics and products in float32, row numbers in int64, rows on grid axis 0.
 """
 
@@ -28,12 +28,13 @@ FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_FEATURES = 32768  # of a row that one program keeps in registers
 WEIGHT_GRADIENT_PROGRAMS = 512  # fixed, so that the sum over rows has one order on every device
 SWIGLU_COLUMNS = 4096
-FEW = 2**18  # elements, up to which launching a Triton kernel takes longer than it may save
-# A learning MLP of more tokens than this keeps nothing but its input and works in tiles of so many.
+MIN_FUSED_NUMEL = 2**18  # smaller tensors take longer to launch a Triton kernel than it saves
+# In training, an MLP of more tokens than the first number keeps its input alone and runs in tiles
+# of as many tokens as the second.
 TILED_FROM, TILE = 65536 + 1024, 16384
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, [..., D].
 
     Float32 inside, cast to x's dtype, then times the weight. Differentiable in x and weight.
@@ -47,28 +48,28 @@ def rms_norm(x, weight, eps):
     return weight * normed.to(x.dtype)
 
 
-def swiglu(gate, up):
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [..., I] each, of one dtype. Differentiable in both."""
     if gate.dtype != up.dtype or not _runs_fused(gate, up):
         return nn.functional.silu(gate) * up
     return _apply(_SwiGLU, gate, up)
 
 
-def swiglu_halves(gate_up):
-    """silu(gate) * up where gate_up is [..., 2 I], gate first; its gradient is one tensor, too."""
+def swiglu_halves(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up where gate_up is [..., 2 I], gate first; so is its gradient, one tensor."""
     if not _runs_fused(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return nn.functional.silu(gate) * up
     return _apply(_SwiGLUHalves, gate_up)
 
 
-def rotary(x, cos, sin):
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x * cos + rotate_half(x) * sin, in x's dtype; differentiable in x.
 
     x [N, H, D] with cos and sin [N, D], or x [B, H, S, D] with cos and sin [B, S, D] or [1, S, D].
     Arithmetic is in the wider dtype of x and cos: in the model's own, as the language model does
     it, or in float32, as the vision tower does, by the dtype of cos and sin alone.
-    Views are welcome. The result lies in memory token by token, [N, H, D] or [B, S, H, D].
+    x need not be contiguous. The result lies in memory as [N, H, D] or [B, S, H, D].
     """
     if not _runs_fused(x, cos, sin):
         axis = -2 if x.ndim == 3 else 1
@@ -81,18 +82,18 @@ def rotary(x, cos, sin):
 class VideoNSARMSNorm(Qwen2_5_VLRMSNorm):
     """Qwen2.5-VL's RMSNorm in one pass."""
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 class VideoNSAMLP(Qwen2MLP):
     """Qwen2.5-VL's MLP with its activation in one pass.
 
-    x [..., hidden]. Where a gradient is wanted of very many tokens, it runs in tiles of tokens that
-    are computed again in the backward: their 3 * intermediate_size activations would not fit.
+    x [..., hidden]. In training on very many tokens it runs in tiles of tokens that are computed
+    again in the backward: 3 * intermediate_size activations for each of them would not fit.
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled() and x.shape[:-1].numel() > TILED_FROM:
             tiles = x.flatten(0, -2).split(TILE)
             tiles = [checkpoint(self._forward, tile, use_reentrant=False) for tile in tiles]
@@ -109,7 +110,7 @@ def _runs_fused(*tensors):
     """Whether the kernels take these tensors."""
     return (
         triton is not None
-        and tensors[0].numel() > FEW
+        and tensors[0].numel() > MIN_FUSED_NUMEL
         and all(x.is_cuda and x.dtype in FUSED_DTYPES for x in tensors)
         and not torch.compiler.is_compiling()
     )
@@ -148,9 +149,9 @@ class _RMSNorm(torch.autograd.Function):
                     weight,
                     y,
                     scale,
-                    eps,
-                    rows.stride(0),
-                    features,
+                    eps=eps,
+                    stride=rows.stride(0),
+                    features=features,
                     BLOCK=block,
                     num_warps=_warps(block),
                 )
@@ -184,11 +185,11 @@ class _RMSNorm(torch.autograd.Function):
                     dy,
                     dx,
                     partial,
-                    rows.stride(0),
-                    dy.stride(0),
-                    count,
-                    -(-count // programs),
-                    features,
+                    stride=rows.stride(0),
+                    dy_stride=dy.stride(0),
+                    rows=count,
+                    rows_per_program=-(-count // programs),
+                    features=features,
                     BLOCK=block,
                     num_warps=_warps(block),
                 )
@@ -202,7 +203,7 @@ class _SwiGLU(torch.autograd.Function):
         shape = gate.shape
         gate, up = _rows(gate), _rows(up)
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        _launch_swiglu(_swiglu_forward, gate, up, y)
+        _launch_swiglu(_swiglu_forward, gate=gate, up=up, y=y)
         return y.view(shape)
 
     @staticmethod
@@ -214,9 +215,11 @@ class _SwiGLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        dgate, dup = (torch.empty_like(dy, memory_format=torch.contiguous_format) for _ in "gu")
-        tensors = (_rows(x) for x in (gate, up, dy, dgate, dup))
-        _launch_swiglu(_swiglu_backward, *tensors)
+        dgate, dup = (
+            torch.empty_like(dy, memory_format=torch.contiguous_format) for _ in ("dgate", "dup")
+        )
+        tensors = {"gate": gate, "up": up, "dy": dy, "dgate": dgate, "dup": dup}
+        _launch_swiglu(_swiglu_backward, **{name: _rows(x) for name, x in tensors.items()})
         return dgate, dup
 
 
@@ -235,21 +238,27 @@ class _SwiGLUHalves(torch.autograd.Function):
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
         gradient = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-        halves = _rows(gate_up).chunk(2, dim=1)
-        _launch_swiglu(_swiglu_backward, *halves, _rows(dy), *_rows(gradient).chunk(2, dim=1))
+        gate, up = _rows(gate_up).chunk(2, dim=1)
+        dgate, dup = _rows(gradient).chunk(2, dim=1)
+        _launch_swiglu(_swiglu_backward, gate=gate, up=up, dy=_rows(dy), dgate=dgate, dup=dup)
         return gradient
 
 
-def _launch_swiglu(kernel, gate, *tensors):
-    """Launch over rows and blocks of columns of tensors [N, I]."""
-    count, columns = gate.shape
+def _launch_swiglu(kernel, **tensors):
+    """Launch over rows and blocks of columns of tensors [N, I], named as the kernel names them."""
+    count, columns = tensors["gate"].shape
     block = min(SWIGLU_COLUMNS, triton.next_power_of_2(columns))
     blocks = triton.cdiv(columns, block)
-    strides = [x.stride(0) for x in (gate, *tensors)]
+    strides = {f"{name}_stride": x.stride(0) for name, x in tensors.items()}
     if count:
-        with torch.cuda.device_of(gate):
+        with torch.cuda.device_of(tensors["gate"]):
             kernel[(count * blocks,)](
-                gate, *tensors, *strides, columns, blocks, BLOCK=block, num_warps=_warps(block)
+                **tensors,
+                **strides,
+                columns=columns,
+                blocks=blocks,
+                BLOCK=block,
+                num_warps=_warps(block),
             )
 
 
@@ -269,10 +278,12 @@ class _Rotary(torch.autograd.Function):
                     cos,
                     sin,
                     y,
-                    *tokens.stride()[:3],
-                    length,
-                    heads,
-                    features // 2,
+                    batch_stride=tokens.stride(0),
+                    head_stride=tokens.stride(1),
+                    token_stride=tokens.stride(2),
+                    length=length,
+                    heads=heads,
+                    half=features // 2,
                     ROUND=wide != torch.float32,
                     BACKWARD=backward,
                     HEADS=triton.next_power_of_2(heads),
@@ -295,6 +306,7 @@ if triton is not None:
 
     @triton.jit
     def _rms_norm_forward(x, weight, y, scale, eps, stride, features, BLOCK: tl.constexpr):
+        """One row of x [N, D]: writes y [N, D] and, if given, scale [N]."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < features
@@ -322,7 +334,9 @@ if triton is not None:
         features,
         BLOCK: tl.constexpr,
     ):
-        """Rows program, program + programs, ...; partial [programs, D] gets their part of dweight.
+        """One program takes rows p, p + programs, ... of x and dy [N, D], with scale [N] of the
+        forward, and writes dx [N, D] and, if given, its part of dweight: row p of partial
+        [programs, D].
 
         With n = x * scale: dx = scale * (weight * dy - n * mean(weight * dy * n)).
         """
@@ -348,7 +362,7 @@ if triton is not None:
 
     @triton.jit
     def _locate(columns, blocks, BLOCK: tl.constexpr):
-        """This program's row, its columns, and which of them there are."""
+        """The row of this program, its columns [BLOCK], and which of them exist."""
         program = tl.program_id(0).to(tl.int64)
         column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
         return program // blocks, column, column < columns
@@ -357,6 +371,7 @@ if triton is not None:
     def _swiglu_forward(
         gate, up, y, gate_stride, up_stride, y_stride, columns, blocks, BLOCK: tl.constexpr
     ):
+        """A block of columns of one row: reads gate and up [N, I], writes y [N, I]."""
         row, column, inside = _locate(columns, blocks, BLOCK)
         values = tl.load(gate + row * gate_stride + column, inside, 0.0)
         wide = values.to(tl.float32)
@@ -380,6 +395,10 @@ if triton is not None:
         blocks,
         BLOCK: tl.constexpr,
     ):
+        """A block of columns of one row: reads gate, up and dy, writes dgate and dup, all [N, I].
+
+        With s = sigmoid(gate): dup = dy * gate * s, dgate = dy * up * s * (1 + gate * (1 - s)).
+        """
         row, column, inside = _locate(columns, blocks, BLOCK)
         values = tl.load(gate + row * gate_stride + column, inside, 0.0)
         wide = values.to(tl.float32)
@@ -417,9 +436,11 @@ if triton is not None:
         HEADS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """One token, all heads: y1 = x1 cos1 - x2 sin1, y2 = x2 cos2 + x1 sin2.
+        """One token, all heads: reads x [B, H, S, D] of any strides and cos and sin [B, S, D],
+        writes y [B, S, H, D]. 1 and 2 are the halves of D.
 
-        Backward, x is dy: dx1 = dy1 cos1 + dy2 sin2, dx2 = dy2 cos2 - dy1 sin1.
+        Forward: y1 = x1 cos1 - x2 sin1, y2 = x2 cos2 + x1 sin2.
+        Backward, where x is dy and y is dx: dx1 = dy1 cos1 + dy2 sin2, dx2 = dy2 cos2 - dy1 sin1.
         """
         token = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
