@@ -1,13 +1,14 @@
 """Qwen2.5-VL's vision tower, the same to rounding, without a Python loop over its windows.
 
-- Windows of one length attend in one call. Rows are ordered by their window's length, so that the
-  windows of one length are a view; layers that attend to whole frames gather theirs.
-- Which row is where is worked out once a call (`Layout`) and serves all blocks.
-- Where nothing wants a gradient, frames go through the tower in chunks, which bounds memory.
+- Windows of one length attend in one call. Patches are sorted by the length of their window, so
+  that the windows of one length are a view; the layers that attend within whole frames gather.
+- Which patch is where is worked out once per call (`Layout`) for all blocks.
+- Without gradients, frames go through the tower in chunks, which bounds memory.
 - On CUDA, norms, rotary embedding and activation take one pass each (fused_videonsa.py), and the
   MLP's columns are padded with zeros to a multiple of 64, which aligned matrix kernels need.
 
-Parameters, their names and the block class are the stock tower's.
+Parameters, their names and the block class are the stock tower's. Shapes: N patches of a chunk,
+D head size; a token is spatial_merge_unit neighbouring patches (4 in the published models).
 """
 
 import contextlib
@@ -40,37 +41,47 @@ ALIGNED_COLUMNS = 64
 
 
 class Sequences(NamedTuple):
-    """The rows [N, ...] of one chunk as sequences that attend within themselves, by length."""
+    """Windows or frames, which attend within themselves, sorted by length."""
 
-    shapes: list[tuple[int, int]]  # how many sequences there are of which length, ascending
-    rows: torch.Tensor | None  # int64 [N]: the row of each patch of them; None: already so
+    shapes: list[tuple[int, int]]  # (how many sequences, their length), lengths ascending
+    rows: torch.Tensor | None  # int64 [N]: which row of the chunk comes next; None: they are sorted
     restore: torch.Tensor | None  # int64 [N]: the inverse
 
-    def to(self, device):
+    def to(self, device: torch.device) -> "Sequences":
         if self.rows is None:
             return self
         return self._replace(rows=self.rows.to(device), restore=self.restore.to(device))
 
 
 class Layout(NamedTuple):
-    """Where the patches of a chunk of whole frames are. A merged row is `unit` rows, a token."""
+    """In which order the tokens of a chunk of whole frames are kept in the tower.
 
-    order: torch.Tensor  # int64 [tokens]: the token, as the processor orders them, of each row
-    tokens: torch.Tensor  # int64 [tokens]: the inverse
-    windows: torch.Tensor  # int64 [tokens]: the row of each token in the stock window order
+    "Processor order" is that of the pixels and of the features, "window order" that of stock.
+    """
+
+    order: torch.Tensor  # int64 [tokens]: the kept tokens, as numbers in processor order
+    tokens: torch.Tensor  # int64 [tokens]: the inverse, from kept to processor order
+    windows: torch.Tensor  # int64 [tokens]: from kept to window order
     attention: dict[str, Sequences]  # "window" and "frame"
 
-    def to(self, device):
+    def to(self, device: torch.device) -> "Layout":
         attention = {name: sequences.to(device) for name, sequences in self.attention.items()}
         return Layout(*(x.to(device) for x in self[:3]), attention)
 
 
-def make_layout(window_index, window_lengths, frame_lengths, unit, by_length=True):
+def make_layout(
+    window_index: torch.Tensor,
+    window_lengths: torch.Tensor,
+    frame_lengths: torch.Tensor,
+    unit: int,
+    by_length: bool = True,
+) -> Layout:
     """Lay out whole frames; all tensors int64 on the CPU.
 
-    window_index [tokens]: the tokens in the stock window order.
-    window_lengths, frame_lengths: patches of each, in that order. unit: patches of a token.
-    by_length: rows by the length of their window; False keeps the stock window order.
+    window_index [tokens]: processor-order numbers of the tokens in window order.
+    window_lengths, frame_lengths: patches of each window and each frame, in window order.
+    unit: patches of a token.
+    by_length: keep tokens sorted by the length of their window; False keeps window order.
     """
     rows = torch.arange(len(window_index))
     if by_length:
@@ -86,7 +97,7 @@ def make_layout(window_index, window_lengths, frame_lengths, unit, by_length=Tru
 
 
 def _sequences(lengths, patches):
-    """Sort the sequences of these lengths by length; patches int64 [N]: their rows, in order."""
+    """Sort sequences by length; patches int64 [N]: the rows of the first, of the second, ..."""
     values, counts = lengths.unique(return_counts=True)
     shapes = list(zip(counts.tolist(), values.tolist(), strict=True))
     rows = patches[lengths.repeat_interleave(lengths).argsort(stable=True)]
@@ -98,7 +109,7 @@ def _sequences(lengths, patches):
 class VideoNSAVisionPatchEmbed(Qwen2_5_VisionPatchEmbed):
     """Patches to features as one matrix product, which the convolution is."""
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not _is_plain(self.proj, nn.Conv3d):
             return super().forward(hidden_states)
         weight = self.proj.weight
@@ -160,14 +171,14 @@ class VideoNSAVisionMLP(Qwen2_5_VLMLP):
         super().__init__(config, bias)
         self.is_swiglu = config.hidden_act == "silu"
 
-    def forward(self, hidden_state):
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
         linears = self.gate_proj, self.up_proj, self.down_proj
         if not self.is_swiglu or not all(_is_plain(x, nn.Linear) for x in linears):
             return super().forward(hidden_state)
         return self.fused(hidden_state)
 
-    def fused(self, hidden_state):
-        """The same with zero columns after each half: silu(0) * 0 adds nothing."""
+    def fused(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] to [..., hidden]. Zero columns pad each half: silu(0) * 0 adds nothing."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         padding = -gate.out_features % ALIGNED_COLUMNS
         rows = gate.weight.new_zeros(padding, gate.in_features)
@@ -198,11 +209,13 @@ class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs):
+    def forward(
+        self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """hidden_states [patches, pixels of a patch], grid_thw int64 [media, 3] in patches.
 
-        Returns `last_hidden_state` [patches, hidden], in the stock window order, and
-        `pooler_output` [tokens, out_hidden_size], in the processor's.
+        Returns `last_hidden_state` [patches, hidden], in window order, and `pooler_output`
+        [tokens, out_hidden_size], in processor order.
         """
         grid = grid_thw.cpu()
         unit = self.spatial_merge_unit
@@ -212,21 +225,21 @@ class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
             grid, self.spatial_merge_size, self.window_size, self.patch_size, kwargs=kwargs
         )
         index, windows = index.cpu(), windows.cpu().long()
-        for name in ("max_seqlen", "max_window_seqlen"):  # which only the stock tower needs
+        for name in ("max_seqlen", "max_window_seqlen"):  # only the stock tower reads them
             kwargs.pop(name, None)
 
         records = any(
             kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False))
             for name in self._can_record_outputs
         )
-        learns = torch.is_grad_enabled() and (
+        trains = torch.is_grad_enabled() and (
             hidden_states.requires_grad or any(x.requires_grad for x in self.parameters())
         )
         chunks = [(0, len(frames) - 1)]
-        if not (learns or records or _is_sharded(self.blocks)):
+        if not (trains or records or _is_sharded(self.blocks)):
             chunks = _chunks(frames)
         outputs = []
-        with contextlib.nullcontext() if learns else torch.no_grad():
+        with contextlib.nullcontext() if trains else torch.no_grad():
             for first, last in chunks:
                 start, stop = frames[first].item(), frames[last].item()
                 inside = windows[(windows >= start) & (windows <= stop)]
@@ -237,8 +250,9 @@ class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
                     unit,
                     by_length=not records,
                 )
-                pixels, at = hidden_states[start:stop], positions[start:stop]
-                outputs.append(self._encode(pixels, at, layout, kwargs))
+                outputs.append(
+                    self._encode(hidden_states[start:stop], positions[start:stop], layout, kwargs)
+                )
         last, merged = zip(*outputs, strict=True)
         if len(outputs) == 1:
             last, merged = outputs[0]
@@ -247,7 +261,7 @@ class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=merged)
 
     def _encode(self, pixels, positions, layout, kwargs):
-        """The two outputs for whole frames."""
+        """The two outputs of `forward` for a chunk of whole frames."""
         layout = layout.to(pixels.device)
 
         def reorder(x, index):
@@ -270,7 +284,10 @@ class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
 
 
 def _chunks(frames):
-    """Ranges of frames of at most PATCHES_PER_CHUNK patches, or one; frames: cumulative patches."""
+    """Ranges of frames: one, or more with at most PATCHES_PER_CHUNK patches in all.
+
+    frames int64 [frames + 1]: cumulative patches.
+    """
     chunks, first = [], 0
     bounds = frames.tolist()
     for last in range(1, len(bounds)):
@@ -281,9 +298,9 @@ def _chunks(frames):
 
 
 def _is_plain(module, kind):
-    """Whether `module` does on CUDA what `kind` does and nothing more: no adapter, no hook.
+    """Whether `module` is a `kind` on CUDA without adapter or hook, so its weight can be read.
 
-    ZeRO-3 (`ds_id`) and offloading bring a weight when its module is called, and not before.
+    ZeRO-3 (`ds_id`) and offloading fetch a weight when its module is called, and not before.
     """
     return (
         type(module) is kind
@@ -295,7 +312,7 @@ def _is_plain(module, kind):
 
 
 def _is_sharded(blocks):
-    """Whether calling a block gathers its weights: then every process must call it as often."""
+    """Whether calling a block gathers weights: then every process must call it equally often."""
     names = {base.__name__ for block in blocks for base in type(block).__mro__}
     return bool(names & {"FSDPModule", "FullyShardedDataParallel"}) or any(
         hasattr(weight, "ds_id") for weight in blocks.parameters()
