@@ -1,6 +1,10 @@
 """What README.md and docs/ say of files is true, and their pictures show the tables' numbers."""
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -90,6 +94,22 @@ def test_defaults_in_the_tables_are_those_of_the_code(page):
         source = sources["nsa" if names[0].startswith("nsa_") else "video"]
         actual = [written(getattr(source, name, None)) for name in names]
         assert ", ".join(dict.fromkeys(actual)) == defaults, names
+
+
+def test_the_card_shows_what_ask_prints():
+    card = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(
+        r"<!-- ask -->\n```bash\n.*?\npython (.*?)\n```\n\n```\n(.*?)```", card, re.DOTALL
+    )
+    command, shown = found.groups()
+    run = subprocess.run(
+        [sys.executable, *shlex.split(command)],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stdout) == (0, shown), run.stderr[-2000:]
 
 
 def test_the_card_stays_short():
