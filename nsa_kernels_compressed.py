@@ -92,7 +92,7 @@ def _mean_backward(
 
 
 @triton.jit(do_not_specialize=["num_samples"])
-def _forward(
+def _compressed_forward(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_mean_ptr, cu_q_ptr, cu_k_ptr, num_samples, scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
     ROWS: tl.constexpr, MEANS: tl.constexpr,
@@ -130,7 +130,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["num_samples"])
-def _dq(
+def _compressed_dq(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_mean_ptr, cu_q_ptr, cu_k_ptr,
     num_samples, scale, dq_scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
@@ -166,7 +166,7 @@ def _dq(
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_means"])
-def _dkv(
+def _compressed_dkv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_mean_ptr, cu_q_ptr,
     cu_k_ptr, num_samples, num_means, scale, dk_scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
@@ -218,7 +218,7 @@ def compressed_forward(q, k_mean, v_mean, lengths, cu_mean, *, block_size, scale
     """o [Tq, H, D] (zero where no block is complete yet) and base-2 lse [Tq, H] (+inf there)."""
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     rows, (_, scale) = fitting(q, TILE_ROWS), scales(q, scale)
-    _forward[(lengths.query_tiles(rows), q.shape[1])](
+    _compressed_forward[(lengths.query_tiles(rows), q.shape[1])](
         q, k_mean, v_mean, o, lse, cu_mean, **lengths.arguments, scale=scale, B=block_size,
         ROWS=rows, MEANS=fitting(q, MEANS), **heads_of(q, k_mean), num_warps=4,
         num_stages=stages(q, 3),
@@ -236,13 +236,13 @@ def compressed_backward(q, k_mean, v_mean, do, lse, delta, lengths, cu_mean, *, 
         **heads_of(q, k_mean), num_warps=4, num_stages=stages(q, 2),
     )  # fmt: skip
     inputs = (q, k_mean, v_mean, do, lse, delta)
-    _dq[(lengths.query_tiles(rows), q.shape[1])](
+    _compressed_dq[(lengths.query_tiles(rows), q.shape[1])](
         *inputs, dq, cu_mean, dq_scale=score_scale, **fixed
     )
     parts = min(QUERY_PARTS, max(1, PARTIAL_ROWS // max(1, num_means)))
     dk, dv = q.new_empty(2, parts, num_means, *q.shape[1:], dtype=torch.float32)
     if num_means:
-        _dkv[((num_means // tile + lengths.samples) * parts, q.shape[1])](
+        _compressed_dkv[((num_means // tile + lengths.samples) * parts, q.shape[1])](
             *inputs, dk, dv, cu_mean, num_means=num_means, dk_scale=score_scale, PARTS=parts,
             **fixed,
         )  # fmt: skip

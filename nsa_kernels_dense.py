@@ -48,7 +48,7 @@ def _share_of_keys(t, live, keys, split, num_splits, KEYS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_splits", "num_rows"])
-def _forward(
+def _dense_forward(
     q_ptr, k_ptr, v_ptr, positions_ptr, o_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, num_samples,
     num_splits, num_rows, scale,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
@@ -105,7 +105,7 @@ def _merge(
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_splits", "num_rows"])
-def _dq(
+def _dense_dq(
     q_ptr, k_ptr, v_ptr, positions_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr,
     num_samples, num_splits, num_rows, scale, dq_scale,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
@@ -135,7 +135,7 @@ def _dq(
 
 
 @triton.jit(do_not_specialize=["num_samples"])
-def _dkv(
+def _dense_dkv(
     q_ptr, k_ptr, v_ptr, positions_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr,
     cu_k_ptr, num_samples, scale, dk_scale,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
@@ -195,7 +195,7 @@ class _DenseAttention(torch.autograd.Function):
             parts = q.new_empty(splits, *q.shape, dtype=torch.float32)
             part_lse = q.new_empty(splits, *q.shape[:2], dtype=torch.float32)
         with torch.cuda.device_of(q):
-            _forward[grid](
+            _dense_forward[grid](
                 q, k, v, positions, parts, part_lse, **lengths.arguments, num_splits=splits,
                 num_rows=rows, scale=scales(q, scale)[1], **sizes,
             )  # fmt: skip
@@ -219,12 +219,12 @@ class _DenseAttention(torch.autograd.Function):
         grid = _grid(sizes, k, lengths)
         splits, rows = grid[1], q.shape[0] * q.shape[1]
         dq = q.new_empty(splits, *q.shape, dtype=torch.float32)
-        _dq[grid](
+        _dense_dq[grid](
             *inputs, dq, **lengths.arguments, num_splits=splits, num_rows=rows, scale=scale,
             dq_scale=score_scale, **sizes,
         )  # fmt: skip
         dk, dv = torch.empty_like(k), torch.empty_like(v)
-        _dkv[(lengths.key_blocks(sizes["KEYS"]), k.shape[1])](
+        _dense_dkv[(lengths.key_blocks(sizes["KEYS"]), k.shape[1])](
             *inputs, dk, dv, **lengths.arguments, scale=scale, dk_scale=score_scale, **sizes
         )
         return dq.sum(0).to(q.dtype), dk, dv, None, None, None

@@ -305,7 +305,7 @@ def _gather(
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_slots", "num_blocks", "num_chunks"])
-def _dkv(
+def _selected_dkv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, entry_ptr, offset_ptr,
     cu_q_ptr, cu_k_ptr, num_samples, num_slots, num_blocks, num_chunks, scale, dk_scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
@@ -417,7 +417,7 @@ def selected_dq(q, k, v, do, lse, delta, dq, lists, *, scale):
 def selected_dkv(q, k, v, do, lse, delta, dk, dv, lists, *, scale):
     """Add this branch's gradients to dk and dv in place."""
     score_scale, scale = scales(q, scale)
-    _dkv[(lists.num_blocks, k.shape[1])](
+    _selected_dkv[(lists.num_blocks, k.shape[1])](
         q, k, v, do, lse, delta, dk, dv, **lists.index_by_block().arguments,
         num_slots=lists.num_slots, num_blocks=lists.num_blocks, num_chunks=lists.num_chunks,
         scale=scale, dk_scale=score_scale, **_constants(q, k, lists), num_stages=stages(q, 2),

@@ -51,7 +51,7 @@ def _gate(gates_ptr, rows, live, BRANCH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_samples"])
-def _forward(
+def _window_forward(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, gates_ptr, compressed_ptr, selected_ptr, sum_ptr,
     cu_q_ptr, cu_k_ptr, num_samples, scale,
     WINDOW: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
@@ -95,7 +95,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["num_samples"])
-def _dq(
+def _window_dq(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, num_samples,
     scale, dq_scale,
     WINDOW: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
@@ -125,7 +125,7 @@ def _dq(
 
 
 @triton.jit(do_not_specialize=["num_samples"])
-def _dkv(
+def _window_dkv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
     num_samples, scale, dk_scale,
     WINDOW: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
@@ -180,7 +180,7 @@ def window_forward(q, k, v, lengths, *, window_size, scale, gated=None, keep=Tru
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if keep else None
     total = torch.empty_like(q) if gated else None
     gates, compressed, selected = gated or (None, None, None)
-    _forward[(lengths.query_tiles(sizes["QUERIES"]), k.shape[1])](
+    _window_forward[(lengths.query_tiles(sizes["QUERIES"]), k.shape[1])](
         q, k, v, o, lse, gates, compressed, selected, total, **lengths.arguments,
         scale=scales(q, scale)[1], maxnreg=for_three_programs(q), **sizes,
     )  # fmt: skip
@@ -191,7 +191,7 @@ def window_dq(q, k, v, do, lse, delta, dq, lengths, *, window_size, scale):
     """Add this branch's gradient to dq in place."""
     sizes = _sizes(q, k, window_size, 2)
     score_scale, scale = scales(q, scale)
-    _dq[(lengths.query_tiles(sizes["QUERIES"]), k.shape[1])](
+    _window_dq[(lengths.query_tiles(sizes["QUERIES"]), k.shape[1])](
         q, k, v, do, lse, delta, dq, **lengths.arguments, scale=scale, dq_scale=score_scale,
         **sizes,
     )  # fmt: skip
@@ -201,7 +201,7 @@ def window_dkv(q, k, v, do, lse, delta, dk, dv, lengths, *, window_size, scale):
     """Add this branch's gradients to dk and dv in place."""
     keys, (score_scale, scale) = fitting(q, DKV_KEYS), scales(q, scale)
     sizes = _sizes(q, k, window_size, 2) | {"KEYS": keys}
-    _dkv[(lengths.key_blocks(keys), k.shape[1])](
+    _window_dkv[(lengths.key_blocks(keys), k.shape[1])](
         q, k, v, do, lse, delta, dk, dv, **lengths.arguments, scale=scale, dk_scale=score_scale,
         **sizes,
     )  # fmt: skip
