@@ -45,7 +45,7 @@ from .nsa_kernels_selected import (
 )
 from .nsa_kernels_tiles import build_tile_lists
 from .nsa_kernels_window import window_attention, window_dkv, window_dq, window_forward
-from .nsa_reference import check_packed
+from .nsa_reference import check_gates, check_packed, no_queries
 
 __all__ = [
     "compress_blocks",
@@ -173,15 +173,11 @@ def nsa_attention(
     """
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_inputs("nsa_attention", q, k, v, head_dim=q.shape[2], block_size=block_size)
-    if gates.shape != (*q.shape[:2], 3):
-        raise ValueError(
-            f"gates has shape {tuple(gates.shape)}; wanted one weight per query, head and branch, "
-            f"{(*q.shape[:2], 3)}."
-        )
-    if not len(q):
-        return torch.zeros_like(q)
-    q, k, v, gates = (x.contiguous() for x in (q, k, v, gates))
+    check_gates(gates, q)
     lengths = packed_lengths(q, k, cu_seqlens_q, cu_seqlens_k)
+    if not len(q):
+        return no_queries(q, k, v, gates)
+    q, k, v, gates = (x.contiguous() for x in (q, k, v, gates))
     choice = {"num_selected": num_selected, "num_initial": num_initial, "num_local": num_local}
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gates))
     return _Attention.apply(q, k, v, gates, lengths, block_size, window_size, choice, scale, keep)

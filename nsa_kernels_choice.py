@@ -25,6 +25,7 @@ from .nsa_kernels_primitives import (
     tl,
     triton,
 )
+from .nsa_reference import check_packed, check_shape
 
 ROWS, MEANS = 64, 128  # tile of the importance kernel
 GROUP = 16  # blocks per maximum
@@ -204,12 +205,14 @@ def select_blocks(
     the group's heads of the compressed branch's probabilities. Equal importances go to the lower
     index. Returns int32 [Tq, K, num_selected], block numbers within the sample, ascending, then -1.
     """
+    check_packed(q, k_cmp, k_cmp, cu_seqlens_q, cu_seqlens_k)
+    check_shape("lse", lse, q.shape[:2], "one log-sum-exp per query and head")
     check_inputs("select_blocks", q, k_cmp, head_dim=q.shape[2], block_size=block_size)
+    lengths = packed_lengths(q, k_cmp, cu_seqlens_q, cu_seqlens_k, block_size=block_size)
     if not len(q):
         shape = (0, k_cmp.shape[1], num_selected)
         return torch.empty(shape, dtype=torch.int32, device=q.device)
     q, k_cmp = q.contiguous(), k_cmp.contiguous()
-    lengths = packed_lengths(q, k_cmp, cu_seqlens_q, cu_seqlens_k)
     # As many keys as there can be for this number of means: the last block may be incomplete.
     lengths = lengths._replace(keys=(len(k_cmp) + 1) * block_size - 1)
     with torch.cuda.device_of(q):

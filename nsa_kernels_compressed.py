@@ -34,6 +34,7 @@ from .nsa_kernels_primitives import (
     tl,
     triton,
 )
+from .nsa_reference import check_ends, check_keys, check_packed, no_queries
 
 LN_2 = 0.6931471805599453
 MEANS = 64  # per step
@@ -334,7 +335,10 @@ def compress_blocks(
     sample, then of the second, and so on; rows past the last block are zero. Differentiable in k
     and v.
     """
+    check_keys(k, v, cu_seqlens_k)
     check_inputs("compress_blocks", k, v, head_dim=k.shape[2], block_size=block_size)
+    if cu_seqlens_k.device.type == "cpu":
+        check_ends("cu_seqlens_k", cu_seqlens_k, len(k))
     k, v = k.contiguous(), v.contiguous()
     cu_k = cu_seqlens_k.to(k.device, torch.int32).contiguous()
     return _CompressBlocks.apply(k, v, cu_k, block_size)
@@ -356,12 +360,13 @@ def compressed_attention(
     [Tq, H, D], zero where no block is visible, and the natural log-sum-exp of the scaled scores,
     float32 [Tq, H], +inf where no block is visible. Differentiable through o.
     """
+    check_packed(q, k_cmp, v_cmp, cu_seqlens_q, cu_seqlens_k)
     check_inputs(
         "compressed_attention", q, k_cmp, v_cmp, head_dim=q.shape[2], block_size=block_size
     )
-    if not len(q):
-        return torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.float32)
-    q, k_cmp, v_cmp = q.contiguous(), k_cmp.contiguous(), v_cmp.contiguous()
     # The number of keys only bounds the grids of other branches; this one counts means.
-    lengths = packed_lengths(q, k_cmp, cu_seqlens_q, cu_seqlens_k)
+    lengths = packed_lengths(q, k_cmp, cu_seqlens_q, cu_seqlens_k, block_size=block_size)
+    if not len(q):
+        return no_queries(q, k_cmp, v_cmp), q.new_zeros(q.shape[:2], dtype=torch.float32)
+    q, k_cmp, v_cmp = q.contiguous(), k_cmp.contiguous(), v_cmp.contiguous()
     return _CompressedAttention.apply(q, k_cmp, v_cmp, lengths, block_size, scale)

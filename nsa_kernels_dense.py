@@ -33,6 +33,7 @@ from .nsa_kernels_primitives import (
     tl,
     triton,
 )
+from .nsa_reference import check_packed, check_shape, no_queries
 
 KEYS = 64  # per step
 MERGE_ROWS = 16  # per program
@@ -246,10 +247,12 @@ def dense_attention(
     keys; it sees the keys up to and including that one. Returns o [Tq, H, D]. Differentiable in
     q, k, v.
     """
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    check_shape("positions", positions, q.shape[:1], "one position per query")
     check_inputs("dense_attention", q, k, v, head_dim=q.shape[2])
+    lengths = packed_lengths(q, k, cu_seqlens_q, cu_seqlens_k)
     if not len(q):
-        return torch.zeros_like(q)
+        return no_queries(q, k, v)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     positions = positions.to(q.device, torch.int32).contiguous()
-    lengths = packed_lengths(q, k, cu_seqlens_q, cu_seqlens_k)
     return _DenseAttention.apply(q, k, v, positions, lengths, scale)

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from .nsa_reference import check_lengths
+
 try:
     import triton
     import triton.language as tl
@@ -99,8 +101,13 @@ def check_inputs(name, *tensors, head_dim=None, block_size=None):
         )
 
 
-def packed_lengths(q, k, cu_seqlens_q, cu_seqlens_k):
-    """`PackedLengths` of q [Tq, ...] and k [Tk, ...], on their device."""
+def packed_lengths(q, k, cu_seqlens_q, cu_seqlens_k, *, block_size=1):
+    """`PackedLengths` of q [Tq, ...] and k [Tk // block_size, ...], on their device.
+
+    Raises a ValueError where lengths on the CPU do not fit; others are not read.
+    """
+    if cu_seqlens_q.device.type == cu_seqlens_k.device.type == "cpu":
+        check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, block_size=block_size)
     cu_q, cu_k = (x.to(q.device, torch.int32).contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
     return PackedLengths(cu_q, cu_k, len(q), len(k))
 

@@ -36,6 +36,7 @@ from .nsa_kernels_primitives import (
     triton,
 )
 from .nsa_kernels_tiles import build_tile_lists
+from .nsa_reference import check_blocks, check_packed, no_queries
 
 PARTS = 2  # programs per block and chunk in the cold kernels
 NOWHERE = tl.constexpr(1 << 30)  # position of what fills a small block up to 16 keys
@@ -463,9 +464,11 @@ def selected_attention(
     in any slot, is an unused one, and no block may be there twice. Returns o [Tq, H, D], zero
     where no token is visible. Differentiable in q, k, v.
     """
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    check_blocks(blocks, q, k)
     check_inputs("selected_attention", q, k, v, head_dim=q.shape[2], block_size=block_size)
-    if not len(q):
-        return torch.zeros_like(q)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     lengths = packed_lengths(q, k, cu_seqlens_q, cu_seqlens_k)
+    if not len(q):
+        return no_queries(q, k, v)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return _SelectedAttention.apply(q, k, v, blocks.int(), lengths, block_size, scale)

@@ -33,6 +33,7 @@ from .nsa_kernels_primitives import (
     tl,
     triton,
 )
+from .nsa_reference import check_packed, no_queries
 
 KEYS = 32  # per step; 64 is 20-30 % slower on an H100
 DKV_KEYS = 64
@@ -242,9 +243,10 @@ def window_attention(
 
     q [Tq, H, D]; k, v [Tk, K, D]. Returns o [Tq, H, D]. Differentiable in q, k, v.
     """
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_inputs("window_attention", q, k, v, head_dim=q.shape[2])
-    if not len(q):
-        return torch.zeros_like(q)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     lengths = packed_lengths(q, k, cu_seqlens_q, cu_seqlens_k)
+    if not len(q):
+        return no_queries(q, k, v)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return _WindowAttention.apply(q, k, v, lengths, window_size, scale)

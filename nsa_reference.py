@@ -10,7 +10,9 @@ Shapes: T tokens, H query heads, K key/value heads, G = H // K, D head size, B b
         q is [Tq, H, D], k and v are [Tk, K, D]; head h reads key/value head h // G.
 Lengths: cu_seqlens_q and cu_seqlens_k are int [samples + 1], cumulative, from 0 to Tq and Tk. A
         sample may have fewer queries than keys (the earlier ones are cached); its queries are then
-        its last ones.
+        its last ones. Without any query the results are empty and all gradients zero.
+Errors: a ValueError where shapes or lengths do not fit. The kernels read no lengths that are on a
+        GPU, because that would wait for it: where those do not fit, their results are undefined.
 Numbers: any floating dtype, any device. Scores and softmax are computed in float32 (float64 for
         float64 inputs) and the probabilities are rounded to the inputs' dtype before they meet v.
 Memory: queries are taken in chunks, so it grows with the number of keys, not with its square.
@@ -22,6 +24,7 @@ import torch
 
 BRANCHES = ("compressed", "selected", "window")  # the order of the gates
 CHUNK_ELEMENTS = 2**21  # the largest intermediate of one chunk of queries; fits a CPU's cache
+INTEGERS = (torch.int32, torch.int64)
 
 
 def compress_blocks(
@@ -33,6 +36,8 @@ def compress_blocks(
     sample, then of the second, and so on; a sample of n keys has n // block_size of them. Rows past
     the last block are zero. Differentiable in k and v.
     """
+    check_keys(k, v, cu_seqlens_k)
+    check_ends("cu_seqlens_k", cu_seqlens_k, len(k))
     means = []
     for x in (k, v):
         blocks = [
@@ -63,17 +68,18 @@ def compressed_attention(
     log-sum-exp of the scaled scores, float32 (or float64) [Tq, H], +inf where no block is visible.
     Differentiable through o.
     """
+    check_packed(q, k_cmp, v_cmp, cu_seqlens_q, cu_seqlens_k)
     scale = _scale(q, scale)
     outputs, sums = [], []
     for queries, blocks, positions in _chunks(
-        q, cu_seqlens_q, cu_seqlens_k, block_size, per_query=q.shape[1]
+        q, k_cmp, cu_seqlens_q, cu_seqlens_k, block_size, per_query=q.shape[1]
     ):
         visible = is_complete(len(k_cmp[blocks]), positions, block_size)
         o, lse = _attend(q[queries], k_cmp[blocks], v_cmp[blocks], visible, scale, with_lse=True)
         outputs.append(o)
         sums.append(lse)
     if not outputs:
-        return torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=_exact(q))
+        return no_queries(q, k_cmp, v_cmp), q.new_zeros(q.shape[:2], dtype=_exact(q))
     return torch.cat(outputs), torch.cat(sums).detach()
 
 
@@ -99,12 +105,14 @@ def select_blocks(
     the group's heads of the compressed branch's probabilities. Equal importances go to the lower
     index. Returns int32 [Tq, K, num_selected], block numbers within the sample, ascending, then -1.
     """
+    check_packed(q, k_cmp, k_cmp, cu_seqlens_q, cu_seqlens_k)
+    check_shape("lse", lse, q.shape[:2], "one log-sum-exp per query and head")
     scale = _scale(q, scale)
     group = q.shape[1] // k_cmp.shape[1]
     chosen = []
     per_query = q.shape[1] * q.shape[2]
     for queries, blocks, positions in _chunks(
-        q, cu_seqlens_q, cu_seqlens_k, block_size, per_query=per_query
+        q, k_cmp, cu_seqlens_q, cu_seqlens_k, block_size, per_query=per_query
     ):
         keys = k_cmp[blocks].to(_exact(q)).transpose(0, 1)  # [K, blocks, D]
         visible = is_complete(keys.shape[1], positions, block_size)[:, None]
@@ -146,13 +154,15 @@ def selected_attention(
     in any slot, is an unused one. Returns o [Tq, H, D], zero where no token is visible.
     Differentiable in q, k, v.
     """
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    check_blocks(blocks, q, k)
     scale = _scale(q, scale)
     group = q.shape[1] // k.shape[1]
     slots = blocks.shape[2] * block_size
     outputs = []
     per_query = slots * k.shape[1] * k.shape[2]
     for queries, keys, positions in _chunks(
-        q, cu_seqlens_q, cu_seqlens_k, 1, per_query=per_query, per_key=0
+        q, k, cu_seqlens_q, cu_seqlens_k, 1, per_query=per_query, per_key=0
     ):
         first = blocks[queries].long().unsqueeze(-1) * block_size
         token = first + torch.arange(block_size, device=q.device)  # [t, K, S, B]
@@ -164,7 +174,7 @@ def selected_attention(
             _grouped(q[queries], group), k[keys][token, head], v[keys][token, head], visible, scale
         )
         outputs.append(o.flatten(1, 2))
-    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+    return torch.cat(outputs) if outputs else no_queries(q, k, v)
 
 
 def window_attention(
@@ -181,11 +191,13 @@ def window_attention(
 
     q [Tq, H, D]; k, v [Tk, K, D]. Returns o [Tq, H, D]. Differentiable in q, k, v.
     """
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     scale = _scale(q, scale)
     outputs = []
     per_query = 2 * window_size * q.shape[1]
     for queries, keys, positions in _chunks(
         q,
+        k,
         cu_seqlens_q,
         cu_seqlens_k,
         1,
@@ -200,7 +212,7 @@ def window_attention(
         age = positions[:, None] - key_positions
         o = _attend(q[queries], k[near], v[near], (age >= 0) & (age < window_size), scale)
         outputs.append(o)
-    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+    return torch.cat(outputs) if outputs else no_queries(q, k, v)
 
 
 def dense_attention(
@@ -219,16 +231,18 @@ def dense_attention(
     keys; it sees the keys up to and including that one. Returns o [Tq, H, D]. Differentiable in
     q, k, v.
     """
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    check_shape("positions", positions, q.shape[:1], "one position per query")
     scale = _scale(q, scale)
     outputs = []
-    for queries, keys, _ in _chunks(q, cu_seqlens_q, cu_seqlens_k, 1, per_query=q.shape[1]):
+    for queries, keys, _ in _chunks(q, k, cu_seqlens_q, cu_seqlens_k, 1, per_query=q.shape[1]):
         key_positions = torch.arange(keys.stop - keys.start, device=q.device)
         visible = key_positions <= positions[queries, None]
         outputs.append(_attend(q[queries], k[keys], v[keys], visible, scale))
-    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+    return torch.cat(outputs) if outputs else no_queries(q, k, v)
 
 
-def gate_weights(logits, temperature):
+def gate_weights(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """The weights of the branches: sigmoid(logits / temperature) (VideoNSA, section 2.1).
 
     logits [..., 3 H], a head's compressed, selected and window branch next to each other. Returns
@@ -264,11 +278,7 @@ def nsa_attention(
     the choice of the blocks.
     """
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    if gates.shape != (*q.shape[:2], 3):
-        raise ValueError(
-            f"gates has shape {tuple(gates.shape)}; wanted one weight per query, head and branch, "
-            f"{(*q.shape[:2], 3)}."
-        )
+    check_gates(gates, q)
     k_cmp, v_cmp = compress_blocks(k, v, cu_seqlens_k, block_size=block_size)
     compressed, lse = compressed_attention(
         q, k_cmp, v_cmp, cu_seqlens_q, cu_seqlens_k, block_size=block_size, scale=scale
@@ -319,6 +329,11 @@ def count_visits(
     return torch.stack([compressed, selected, window], dim=-1)
 
 
+def no_queries(q: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """The output for q [0, H, D]: empty, and connected, so that all get gradients, of zeros."""
+    return q * sum(x.sum().to(q.dtype) for x in others)
+
+
 def check_packed(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -332,16 +347,98 @@ def check_packed(
             f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; "
             "wanted [queries, heads, D], and twice [keys, key heads, D] with the same D."
         )
-    if q.shape[1] % k.shape[1]:
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly; "
             "the first must be a multiple of the second."
         )
-    if cu_seqlens_q.ndim != 1 or cu_seqlens_q.shape != cu_seqlens_k.shape:
+    check_cumulative("cu_seqlens_q", cu_seqlens_q)
+    check_cumulative("cu_seqlens_k", cu_seqlens_k)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k have shapes {tuple(cu_seqlens_q.shape)} and "
             f"{tuple(cu_seqlens_k.shape)}; wanted one cumulative length per sample and a leading "
             "zero in both."
+        )
+
+
+def check_cumulative(name: str, cu_seqlens: torch.Tensor) -> None:
+    """Raise a ValueError where cumulative lengths are not one row of integers."""
+    if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in INTEGERS:
+        raise ValueError(
+            f"{name} has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; wanted "
+            "integers, one cumulative length per sample and a leading zero."
+        )
+
+
+def check_keys(k: torch.Tensor, v: torch.Tensor, cu_seqlens_k: torch.Tensor) -> None:
+    """Raise a ValueError where k and v are not packed samples of one shape."""
+    if k.ndim != 3 or k.shape != v.shape:
+        raise ValueError(
+            f"k and v have shapes {tuple(k.shape)} and {tuple(v.shape)}; wanted [keys, key heads, "
+            "D] of both."
+        )
+    check_cumulative("cu_seqlens_k", cu_seqlens_k)
+
+
+def check_gates(gates: torch.Tensor, q: torch.Tensor) -> None:
+    """Raise a ValueError where gates are not [Tq, H, 3]."""
+    shape = (*q.shape[:2], 3)
+    check_shape("gates", gates, shape, "one weight per query, head and branch")
+
+
+def check_blocks(blocks: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
+    """Raise a ValueError where blocks are not [Tq, K, S]."""
+    shape = (len(q), k.shape[1], *blocks.shape[2:3])
+    check_shape("blocks", blocks, shape, "the block numbers of each query and key head")
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """Raise a ValueError where a tensor has another shape."""
+    if tensor.shape != tuple(shape):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; wanted {meaning}, {tuple(shape)}."
+        )
+
+
+def check_lengths(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    block_size: int = 1,
+) -> None:
+    """Raise a ValueError where lengths do not fit q [Tq, ...] and k [Tk // block_size, ...].
+
+    Reads the lengths, which on a GPU waits for it.
+    """
+    check_ends("cu_seqlens_q", cu_seqlens_q, len(q))
+    check_ends("cu_seqlens_k", cu_seqlens_k, len(k), block_size=block_size)
+    lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
+    for sample, (queries, keys) in enumerate(lengths):
+        if queries > keys:
+            raise ValueError(
+                f"sample {sample} has {queries} queries but {keys} keys; its queries must be the "
+                "last of its keys."
+            )
+
+
+def check_ends(name: str, cu_seqlens: torch.Tensor, rows: int, *, block_size: int = 1) -> None:
+    """Raise a ValueError where lengths do not go up from 0 to the tokens of so many rows.
+
+    The rows are tokens, or with a block_size above 1 the means of so many tokens each.
+    """
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends != sorted(ends):
+        raise ValueError(
+            f"{name} is {ends}; wanted cumulative lengths, which start at 0 and never go down."
+        )
+    if ends[-1] // block_size != rows:
+        what = "rows" if block_size == 1 else f"means of {block_size} tokens"
+        raise ValueError(
+            f"{name} ends at {ends[-1]} tokens, but its tensor has {rows} {what}; wanted the "
+            "lengths of the samples that are packed there."
         )
 
 
@@ -352,25 +449,21 @@ def _spans(cumulative):
 
 
 def _chunks(
-    q, cu_seqlens_q, cu_seqlens_k, block_size, *, per_query, per_key=1, at_most=CHUNK_ELEMENTS
+    q, k, cu_seqlens_q, cu_seqlens_k, block_size, *, per_query, per_key=1, at_most=CHUNK_ELEMENTS
 ):
     """Runs of queries of one sample that keep every intermediate under CHUNK_ELEMENTS.
 
     Yields (slice of the queries, slice of the sample's keys, positions [t] of the queries). With
-    a block_size above 1 the second slice counts complete blocks instead of tokens.
+    a block_size above 1, k holds the means of complete blocks and the second slice counts those.
     An intermediate has `per_query` elements per query, times the keys if `per_key` is 1. A run
     has no more than `at_most` queries.
     """
+    check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, block_size=block_size)
     first_key = 0
     for (q_start, q_end), (k_start, k_end) in zip(
         _spans(cu_seqlens_q), _spans(cu_seqlens_k), strict=True
     ):
-        queries, tokens = q_end - q_start, k_end - k_start
-        if queries > tokens:
-            raise ValueError(
-                f"a sample has {queries} queries but {tokens} keys; its queries must be the last "
-                "of its keys."
-            )
+        tokens = k_end - k_start
         keys = slice(first_key, first_key + tokens // block_size)
         first_key = keys.stop
         elements = per_query * (max(1, keys.stop - keys.start) if per_key else 1)

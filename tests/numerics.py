@@ -1,8 +1,10 @@
-"""Packed test samples, and the error budget: at most twice eager PyTorch's own error."""
+"""Packed test samples, the error budget (at most twice eager PyTorch's own error), and what is
+checked of the reference and the kernels alike."""
 
 import itertools
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 
@@ -67,3 +69,100 @@ def assert_as_accurate(name, actual, eager, exact, slack=2.0):
     allowed = slack * (eager.double() - exact).abs().max() + floor
     error = (actual.double() - exact).abs().max()
     assert error <= allowed, f"{name}: max error {error:.1e}, allowed {allowed:.1e}"
+
+
+def public_calls(module, case, q, k, v, gates, cu_q, cu_k):
+    """Each public function of the reference or the kernels: its inputs with gradients, a call.
+
+    The call takes nothing and returns the output; the means and the choice are made up.
+    """
+    means = [x[: len(x) // case.block_size] for x in (k, v)]
+    lse = q.new_zeros(q.shape[:2], dtype=torch.float32)
+    positions = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    shape = (len(q), case.kv_heads, case.num_selected)
+    blocks = torch.zeros(shape, dtype=torch.int32, device=q.device)
+    lengths, block = (cu_q, cu_k), {"block_size": case.block_size}
+    choice = {key: value for key, value in case.sizes.items() if key != "window_size"}
+    window = {"window_size": case.window_size}
+    return {
+        "compress_blocks": ([k, v], lambda: module.compress_blocks(k, v, cu_k, **block)[0]),
+        "compressed_attention": (
+            [q, k, v],
+            lambda: module.compressed_attention(q, *means, *lengths, **block)[0],
+        ),
+        "select_blocks": ([], lambda: module.select_blocks(q, means[0], lse, *lengths, **choice)),
+        "selected_attention": (
+            [q, k, v],
+            lambda: module.selected_attention(q, k, v, blocks, *lengths, **block),
+        ),
+        "window_attention": (
+            [q, k, v],
+            lambda: module.window_attention(q, k, v, *lengths, **window),
+        ),
+        "dense_attention": (
+            [q, k, v],
+            lambda: module.dense_attention(q, k, v, positions, *lengths),
+        ),
+        "nsa_attention": (
+            [q, k, v, gates],
+            lambda: module.nsa_attention(q, k, v, gates, *lengths, **case.sizes),
+        ),
+    }
+
+
+FUNCTIONS = (
+    "compress_blocks",
+    "compressed_attention",
+    "select_blocks",
+    "selected_attention",
+    "window_attention",
+    "dense_attention",
+    "nsa_attention",
+)
+# Lengths that do not fit 20 queries and 20 keys, and what the error says of them.
+WRONG_LENGTHS = {
+    "short": ([0, 12, 15], "cu_seqlens_[qk] ends at 15 tokens, but its tensor has"),
+    "long": ([0, 12, 40], "cu_seqlens_[qk] ends at 40 tokens, but its tensor has"),
+    "from 1": ([1, 12, 20], r"cu_seqlens_[qk] is \[1, 12, 20\]; wanted cumulative lengths"),
+    "down": ([0, 21, 20], r"cu_seqlens_[qk] is \[0, 21, 20\]; wanted cumulative lengths"),
+    "float": ([0.0, 12.0, 20.0], "dtype torch.float32; wanted integers"),
+    "none": ([], "wanted integers, one cumulative length per sample and a leading zero"),
+    "nested": ([[0, 12, 20]], "wanted integers, one cumulative length per sample"),
+}
+
+
+def assert_wrong_lengths_are_refused(module, name, kind, device="cpu"):
+    case = Case((12, 8), 4, 2, block_size=8)
+    tensors = packed(case, torch.float32, device=device)[:4]
+    ends, message = WRONG_LENGTHS[kind]
+    wrong = torch.tensor(ends)
+    good = torch.tensor([0, 12, 20])
+    for lengths in ((wrong, good), (good, wrong)):
+        if name == "compress_blocks" and lengths[0] is wrong:
+            continue
+        with pytest.raises(ValueError, match=message):
+            public_calls(module, case, *tensors, *lengths)[name][1]()
+
+
+def assert_no_queries_give_zero_gradients(module, name, device="cpu"):
+    """Also to the keys, and connected: a process that has no video must not leave them out."""
+    case = Case((12, 8), 4, 2, block_size=8, cached=20)
+    *tensors, cu_q, cu_k = packed(case, torch.float32, device=device)
+    assert not len(tensors[0])
+    for x in tensors:
+        x.requires_grad_()
+    inputs, call = public_calls(module, case, *tensors, cu_q, cu_k)[name]
+    o = call()
+    assert o.shape == tensors[0].shape and o.dtype == torch.float32
+    for gradient, x in zip(torch.autograd.grad(o.sum(), inputs), inputs, strict=True):
+        assert gradient.shape == x.shape and (gradient == 0).all()
+
+
+def assert_as_many_means_as_whole_blocks(module, device="cpu"):
+    """One row for each block_size keys of the pack; those that no sample's block fills are zero."""
+    case = Case((9, 1, 8, 7, 7), 2, 2, block_size=8)
+    _, k, v, _, _, cu_k = packed(case, torch.float32, device=device)
+    for means, x in zip(module.compress_blocks(k, v, cu_k, block_size=8), (k, v), strict=True):
+        assert means.shape == (4, 2, 16)
+        torch.testing.assert_close(means[:2], torch.stack([x[:8].mean(0), x[10:18].mean(0)]))
+        assert (means[2:] == 0).all()

@@ -26,7 +26,17 @@ from videonsa import nsa_kernels_primitives as primitives
 from videonsa import nsa_kernels_tiles as tiles
 from videonsa import nsa_reference as reference
 
-from numerics import Case, assert_as_accurate, cumulative, packed
+from numerics import (
+    FUNCTIONS,
+    WRONG_LENGTHS,
+    Case,
+    assert_as_accurate,
+    assert_as_many_means_as_whole_blocks,
+    assert_no_queries_give_zero_gradients,
+    assert_wrong_lengths_are_refused,
+    cumulative,
+    packed,
+)
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -435,6 +445,21 @@ def test_no_queries_at_all():
     assert choose(kernels, q, k, v, cu_q, cu_k, case)[0].shape == (0, 1, 3)
 
 
+@sizes("name", [x for x in FUNCTIONS if x.endswith("attention")])
+def test_no_queries_give_zero_gradients(name):
+    assert_no_queries_give_zero_gradients(kernels, name, DEVICE)
+
+
+@sizes("kind", WRONG_LENGTHS)
+@sizes("name", FUNCTIONS)
+def test_lengths_on_the_cpu_that_do_not_fit_are_refused(name, kind):
+    assert_wrong_lengths_are_refused(kernels, name, kind, DEVICE)
+
+
+def test_there_are_as_many_means_as_whole_blocks():
+    assert_as_many_means_as_whole_blocks(kernels, DEVICE)
+
+
 def test_gradients_as_autograd_makes_them():
     """Stride 0, transposed, contiguous: the same gradients."""
     case = full((300,)) if GPU else tiny((20,))
@@ -560,6 +585,7 @@ def test_a_layer_never_waits_for_the_device_nor_compiles_for_a_length():
 
 
 def test_the_functions_are_those_of_the_reference():
+    assert sorted(kernels.__all__) == sorted(FUNCTIONS)
     for name in kernels.__all__:
         theirs = inspect.signature(getattr(reference, name))
         assert inspect.signature(getattr(kernels, name)) == theirs, name

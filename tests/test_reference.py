@@ -6,7 +6,16 @@ import pytest
 import torch
 from videonsa import nsa_reference as nsa
 
-from numerics import Case, cumulative, packed
+from numerics import (
+    FUNCTIONS,
+    WRONG_LENGTHS,
+    Case,
+    assert_as_many_means_as_whole_blocks,
+    assert_no_queries_give_zero_gradients,
+    assert_wrong_lengths_are_refused,
+    cumulative,
+    packed,
+)
 
 GROUPS = [(4, 4), (14, 2), (16, 2), (16, 1)]  # G = 1, 7, 8, 16
 LENGTHS = [(1,), (15,), (16,), (17,), (63,), (64, 65), (130, 1, 47)]
@@ -257,7 +266,14 @@ def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch):
         ({"v": torch.zeros(9, 2, 8)}, "q, k and v have shapes"),
         ({"gates": torch.zeros(9, 14)}, "gates has shape"),
         ({"cu_seqlens_k": torch.tensor([0, 4, 9])}, "cu_seqlens_q and cu_seqlens_k have"),
-        ({"cu_seqlens_k": torch.tensor([0, 5])}, "9 queries but 5 keys"),
+        (
+            {
+                "k": torch.zeros(5, 2, 16),
+                "v": torch.zeros(5, 2, 16),
+                "cu_seqlens_k": torch.tensor([0, 5]),
+            },
+            "9 queries but 5 keys",
+        ),
     ],
 )
 def test_wrong_shapes_are_named(change, message):
@@ -265,3 +281,53 @@ def test_wrong_shapes_are_named(change, message):
     arguments = dict(zip(names, packed(Case((9,)), torch.float32), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         nsa.nsa_attention(**arguments, **Case((9,)).sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("compress_blocks", {"v": torch.zeros(9, 2, 8)}, "k and v have shapes"),
+        ("select_blocks", {"lse": torch.zeros(9, 7)}, "lse has shape"),
+        ("selected_attention", {"blocks": torch.zeros(9, 1, 3).int()}, "blocks has shape"),
+        ("dense_attention", {"positions": torch.zeros(8).int()}, "positions has shape"),
+    ],
+)
+def test_wrong_shapes_of_the_parts_are_named(name, change, message):
+    """Also too few means for the lengths, which another block size would give."""
+    q, k, v, _, cu_q, cu_k = packed(Case((9,)), torch.float32)
+    arguments = {
+        "compress_blocks": {"k": k, "v": v},
+        "select_blocks": {"q": q, "k_cmp": k[:1], "lse": torch.zeros(9, 14)},
+        "selected_attention": {"q": q, "k": k, "v": v, "blocks": torch.zeros(9, 2, 3).int()},
+        "dense_attention": {"q": q, "k": k, "v": v, "positions": torch.zeros(9).int()},
+    }[name]
+    arguments |= {"cu_seqlens_k": cu_k}
+    if name != "compress_blocks":
+        arguments["cu_seqlens_q"] = cu_q
+    sizes = {} if name == "dense_attention" else {"block_size": 8}
+    sizes |= {"num_selected": 3} if name == "select_blocks" else {}
+    getattr(nsa, name)(**arguments, **sizes)
+    with pytest.raises(ValueError, match=message):
+        getattr(nsa, name)(**arguments | change, **sizes)
+
+
+def test_means_of_another_block_size_are_refused():
+    q, k, v, _, cu_q, cu_k = packed(Case((9,)), torch.float32)
+    for block_size, means in ((4, 1), (16, 1)):
+        with pytest.raises(ValueError, match=f"has 1 means of {block_size} tokens"):
+            nsa.compressed_attention(q, k[:means], v[:means], cu_q, cu_k, block_size=block_size)
+
+
+@pytest.mark.parametrize("kind", WRONG_LENGTHS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_lengths_that_do_not_fit_are_refused(name, kind):
+    assert_wrong_lengths_are_refused(nsa, name, kind)
+
+
+@pytest.mark.parametrize("name", [x for x in FUNCTIONS if x.endswith("attention")])
+def test_no_queries_give_zero_gradients(name):
+    assert_no_queries_give_zero_gradients(nsa, name)
+
+
+def test_there_are_as_many_means_as_whole_blocks():
+    assert_as_many_means_as_whole_blocks(nsa)
