@@ -12,6 +12,13 @@ from huggingface_hub import HfApi
 
 from commands import ROOT
 
+PROCESSOR_CODE = (
+    "processing_videonsa.py",
+    "planned_video_videonsa.py",
+    "video_plan_videonsa.py",
+    "video_reader_videonsa.py",
+    "pixel_stream_videonsa.py",
+)
 # Every file of code that `trust_remote_code` reaches, and the packages it needs.
 CODE_FILES = (
     "configuration_videonsa.py",
@@ -32,11 +39,7 @@ CODE_FILES = (
     "nsa_kernels_selected.py",
     "nsa_kernels_tiles.py",
     "nsa_kernels_window.py",
-    "processing_videonsa.py",
-    "planned_video_videonsa.py",
-    "video_plan_videonsa.py",
-    "video_reader_videonsa.py",
-    "pixel_stream_videonsa.py",
+    *PROCESSOR_CODE,
     "requirements.txt",
 )
 REQUIRED_FILES = (*CODE_FILES, "config.json", "generation_config.json", "README.md")
@@ -59,11 +62,14 @@ CHECKPOINT_FILES = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
-# An adapter carries these in place of its base's code, config and weights.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# An adapter carries these: the code of the processor, not its base's code, config and weights.
 ADAPTER_FILES = (
     "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
+    "LICENSE",
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    *PROCESSOR_CODE,
     *CHECKPOINT_FILES[CHECKPOINT_FILES.index("tokenizer.json") :],
 )
 
@@ -75,38 +81,51 @@ def copy_code(folder: str | Path):
 
 
 def listed_files(folder: str | Path) -> list[str]:
-    """Names of the files of the checkpoint `folder` that travel, in CHECKPOINT_FILES' order.
+    """Names of the files that travel of the checkpoint or adapter in `folder`, in the lists' order.
 
     Raises FileNotFoundError where one is missing that loading needs, and ValueError where an
     adapter lies beside the whole weights: loading would apply it to them once more.
     """
     folder = Path(folder)
-    absent = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
-    if absent:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which users of it need.")
-    if (folder / "adapter_config.json").exists():
+    is_adapter = (folder / ADAPTER_CONFIG).exists()
+    if is_adapter and any(folder.glob("model*.safetensors")):
         raise ValueError(
             f"{folder} holds an adapter beside whole weights, and loading would apply it to them. "
-            "Move its adapter_config.json and adapter_model.safetensors to another folder."
+            f"Move its {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} to another folder."
         )
-    found = [path for pattern in CHECKPOINT_FILES for path in sorted(folder.glob(pattern))]
+    patterns = ADAPTER_FILES if is_adapter else CHECKPOINT_FILES
+    required = (ADAPTER_WEIGHTS, "README.md") if is_adapter else REQUIRED_FILES
+    absent = [name for name in required if not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which users of it need.")
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
 
 
 def upload(
-    folder: str | Path, repo_id: str, names: list[str], message: str, private: bool | None = None
+    folder: str | Path,
+    repo_id: str,
+    names: list[str],
+    message: str,
+    private: bool | None = None,
+    *,
+    token: str | None = None,
+    revision: str | None = None,
 ):
     """Send the files `names` of `folder` to the repository `repo_id` of the Hub, as one commit.
 
-    The repository is made if it is absent. CHECKPOINT_FILES that it has from before and that are
-    not in `names`, such as shards of an earlier split, are deleted in the same commit.
+    The repository is made if it is absent. Files of a checkpoint or an adapter that it has from
+    before and that are not in `names`, such as shards of an earlier split, are deleted in the same
+    commit.
     """
     api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    api.create_repo(repo_id, private=private, exist_ok=True, token=token)
     api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=names,
-        delete_patterns=list(CHECKPOINT_FILES),
+        delete_patterns=[*CHECKPOINT_FILES, ADAPTER_CONFIG, ADAPTER_WEIGHTS],
         commit_message=message,
+        token=token,
+        revision=revision,
     )

@@ -1,171 +1,33 @@
-"""The data of finetune.py: rows in the layouts people have into batches with labels.
+"""Conversations as finetune.py trains on them: token ids with labels, pixels, and batches.
 
-Rows are one conversation each, in any of three layouts:
-
-    {"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\\nWhat happens?"},
-                                         {"from": "gpt", "value": "A cat sleeps."}]}
-    {"videos": ["a.mp4"], "messages": [{"role": "user", "content": "<video>What happens?"},
-                                       {"role": "assistant", "content": "A cat sleeps."}]}
-    {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"},
-                                               {"type": "text", "text": "What happens?"}]},
-                  {"role": "assistant", "content": [{"type": "text", "text": "A cat sleeps."}]}]}
-
-The first also with LLaVA-Video's `<image>` as the video's place; each also with `image`, `images`.
-A video may be a file, a folder of frames or a list of frames.
+A row is rendered and tokenised once, each medium one placeholder. Its videos are planned within the
+token budget and read as planned, and each placeholder becomes as many tokens as its plan says.
 """
 
 import json
-import os
-import random
-import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers.image_utils import load_image
 
+from commands.finetuning_rows import MEDIA, all_parts, parse_row, read_set, to_messages
 from nsa_reference import count_visits
 
-ROLES = {"human": "user", "gpt": "assistant"}
-MEDIA = ("image", "video")
-TAG = re.compile(r"\s*<(image|video)>\s*")
 IGNORE = -100
-
-
-def read_rows(name):
-    """The rows of one data set, a sequence of dicts, and the folder that its paths start from.
-
-    name: a .json, .jsonl or .parquet file, a folder that `datasets` can load, or an id on the Hub,
-    which may go on with a subset and a split: "org/name:subset:split", "org/name::split".
-    """
-    path = Path(name)
-    if path.suffix in (".json", ".jsonl") and path.is_file():
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            return json.loads(text), path.parent
-        return [json.loads(line) for line in text.split("\n") if line.strip()], path.parent
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is not a .json or .jsonl file; reading it needs: pip install datasets"
-        ) from error
-    if path.suffix == ".parquet" and path.is_file():
-        return datasets.Dataset.from_parquet(str(path)), path.parent
-    if path.suffix in (".json", ".jsonl", ".parquet"):
-        raise FileNotFoundError(f"there is no file {name}.")
-    source, subset, split = (*name.split(":"), "", "")[:3]
-    rows = datasets.load_dataset(source, subset or None, split=split or "train")
-    return rows, path if path.is_dir() else Path()
-
-
-def read_set(name, seed):
-    """(rows, folder, row numbers) of a data set, of which "name%50" takes a random half.
-
-    The same seed takes the same rows. Past 100 %, rows come several times.
-    """
-    name, _, share = name.partition("%")
-    rows, folder = read_rows(name)
-    numbers = list(range(len(rows)))
-    if share:
-        wanted = round(len(numbers) * float(share) / 100)
-        times, rest = divmod(wanted, max(len(numbers), 1))
-        numbers = numbers * times + random.Random(seed).sample(numbers, rest)
-    return rows, folder, numbers
-
-
-def to_messages(row, folder):
-    """The conversation of a row as messages in Qwen's form, media with their paths.
-
-    Raises ValueError where the row is in none of the layouts, or its media do not fit its text.
-    """
-    media = {kind: _listed(row, kind) for kind in MEDIA}
-    has_media = any(media.values())
-    turns = row.get("messages") or row.get("conversations")
-    if isinstance(turns, dict):  # as `datasets` may store a list of turns: a dict of lists
-        turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
-    if not turns:
-        raise ValueError(f"the row has neither messages nor conversations, only {sorted(row)}")
-    messages = []
-    for turn in turns:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = ROLES.get(role, role)
-        if role not in ("system", "user", "assistant") or content is None:
-            raise ValueError(f"a turn has a role (system, user, assistant) and text, not {turn}")
-        messages.append({"role": role, "content": list(_parts(content, media, has_media))})
-    if any(media.values()):
-        user = next((one for one in messages if one["role"] == "user"), None)
-        if user is None or any(part["type"] != "text" for part in _all_parts(messages)):
-            left = ", ".join(f"{len(items)} {kind}" for kind, items in media.items() if items)
-            raise ValueError(f"the text has fewer <video> and <image> tags than media: {left} left")
-        # No tag at all: the media come first.
-        front = [{"type": kind, kind: item} for kind in MEDIA for item in media[kind]]
-        user["content"] = front + user["content"]
-    for message in messages:
-        for part in message["content"]:
-            if part["type"] != "text":
-                part[part["type"]] = _located(part[part["type"]], folder)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no turn is an assistant's, so there is nothing to learn")
-    return messages
-
-
-def _listed(row, kind):
-    """The media of one kind that a row lists beside its text."""
-    items = row.get(f"{kind}s") or row.get(kind) or []
-    return list(items) if isinstance(items, (list, tuple)) else [items]
-
-
-def _parts(content, media, has_tags):
-    """Yields the parts of one turn; takes what it needs from the front of the lists in `media`."""
-    if isinstance(content, str):
-        # text, kind, text, kind, ..., text; in a row without media, a tag is what the text is about
-        pieces = TAG.split(content) if has_tags else [content]
-        for text, kind in zip(pieces[::2], [*pieces[1::2], None], strict=True):
-            if text.strip():
-                yield {"type": "text", "text": text.strip()}
-            if kind is not None:
-                # LLaVA-Video marks a video's place with <image>.
-                kind = kind if media[kind] else "video"
-                yield {"type": kind, kind: _next(media, kind)}
-        return
-    for part in content:
-        part = {key: value for key, value in part.items() if value is not None}
-        kind = part.get("type") or next((kind for kind in MEDIA if kind in part), "text")
-        if kind in MEDIA:
-            source = next((part.pop(key) for key in (kind, "path", "url") if key in part), None)
-            part[kind] = _next(media, kind) if source is None else source
-        yield {**part, "type": kind}
-
-
-def _next(media, kind):
-    if not media[kind]:
-        raise ValueError(f"the text has more <{kind}> tags than the row has {kind}s")
-    return media[kind].pop(0)
-
-
-def _located(source, folder):
-    """Paths start from `folder`; a folder of frames becomes the list of its pictures."""
-    if isinstance(source, (list, tuple)):
-        return [_located(frame, folder) for frame in source]
-    if not isinstance(source, (str, os.PathLike)):
-        return source
-    source = os.fspath(source).removeprefix("file://")
-    if "://" in source:
-        return source
-    path = Path(folder, source)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}")
-    if path.is_dir():
-        return [str(one) for one in sorted(path.iterdir()) if one.suffix.lower() in PICTURES]
-    return str(path)
-
-
-PICTURES = set(Image.registered_extensions())
+REPORT = "data_report.jsonl"
+MARK = "\ufdd0"  # a noncharacter, which no text should hold: answers are rendered between two
 RATES = {"fps", "sample_fps", "num_frames", "nframes"}  # a video is sampled by one of them
+PIXELS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "second_per_grid_ts",
+)
 
 
 @dataclass
@@ -174,19 +36,23 @@ class Prepared:
 
     messages: with its videos planned and its images loaded.
     ids: of the text, each medium still one placeholder.  labelled: bool per id.
-    sizes: tokens that each medium becomes, in the order of the placeholders.
+    media: (kind, tokens that it becomes) of each placeholder, in their order.
     note: what was given up for the token budget, if anything.
     """
 
     messages: list
     ids: torch.Tensor
     labelled: torch.Tensor
-    sizes: list[int]
+    media: list[tuple[str, int]]
     note: str = ""
 
     @property
+    def vision_tokens(self):
+        return sum(tokens for _, tokens in self.media)
+
+    @property
     def tokens(self):
-        return len(self.ids) + sum(self.sizes) - len(self.sizes)
+        return len(self.ids) - len(self.media) + self.vision_tokens
 
 
 @dataclass
@@ -218,6 +84,25 @@ class Conversations(Dataset):
         tokenizer = self.processor.tokenizer
         tokens = (self.processor.image_token, self.processor.video_token)
         self.placeholders = torch.tensor(tokenizer.convert_tokens_to_ids(list(tokens)))
+        self.before_answer, self.after_answer = self._answer_frame()
+
+    def _answer_frame(self):
+        """What the chat template writes from its prompt for an answer to it, and what ends it.
+
+        Both are learned with the answer; in Qwen's template they are "" and "<|im_end|>".
+        """
+        render = self.processor.apply_chat_template
+        question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": MARK}]}
+        prompt = render([question], tokenize=False, add_generation_prompt=True)
+        before, mark, after = render([question, answer], tokenize=False).partition(MARK)
+        if not mark or not before.startswith(prompt):
+            raise ValueError(
+                f"the chat template prompts for an answer by {prompt!r}, but writes a conversation "
+                f"with an answer as {before + mark + after!r}: what is learned would not be what "
+                "is asked for. Give the processor a template that goes on from its prompt."
+            )
+        return before.removeprefix(prompt), after.rstrip()
 
     def __len__(self):
         return len(self.places)
@@ -225,20 +110,20 @@ class Conversations(Dataset):
     def __getitem__(self, index):
         return self._first_usable(index, self.encode)
 
-    def kinds_of_media(self):
+    def kinds_of_media(self) -> int:
         """How many of images and videos the data sets have: 0, 1 or 2."""
         kinds = set()
         for rows, _, _ in self.sets:
             for row in rows:
-                kinds |= {kind for kind in MEDIA if _listed(row, kind)}
-                for turn in row.get("messages") or ():
-                    if isinstance(turn, dict) and isinstance(turn.get("content"), list):
-                        kinds |= {part.get("type") for part in turn["content"]} & set(MEDIA)
+                try:
+                    kinds |= {part["type"] for part in all_parts(parse_row(row))} & set(MEDIA)
+                except ValueError:
+                    continue  # such a row is skipped
                 if len(kinds) == len(MEDIA):
-                    break
+                    return len(kinds)
         return len(kinds)
 
-    def measured(self, index):
+    def measured(self, index) -> dict:
         """The lengths of an item, without reading more of its videos than one frame."""
         return self._first_usable(index, self.measure, tries=1)
 
@@ -264,10 +149,10 @@ class Conversations(Dataset):
             f"The last one, {notes[-1][1]}: {notes[-1][2]}"
         )
 
-    def prepare(self, messages):
-        """Plans a conversation's videos within the token budget; returns `Prepared`."""
+    def prepare(self, messages) -> Prepared:
+        """Plans a conversation's videos within the token budget."""
         image_tokens = self._load_images(messages)
-        for part in _all_parts(messages):
+        for part in all_parts(messages):
             if part["type"] == "video":
                 rated = not RATES.isdisjoint(part)
                 part |= {
@@ -276,9 +161,10 @@ class Conversations(Dataset):
                     if key not in part and not (rated and key in RATES)
                 }
         ids, labelled = self.labelled_text(messages)
-        videos = sum(part["type"] == "video" for part in _all_parts(messages))
-        text = len(ids) - len(image_tokens) - videos
-        note, fixed = "", text + sum(image_tokens)
+        kinds = [part["type"] for part in all_parts(messages) if part["type"] in MEDIA]
+        if int(torch.isin(ids, self.placeholders).sum()) != len(kinds):
+            raise ValueError("the text itself contains a placeholder of an image or video")
+        note, fixed = "", len(ids) - len(kinds) + sum(image_tokens)
         planned, plans = self.processor.plan_videos(messages)
         total = fixed + sum(plan.tokens for plan in plans)
         if self.max_tokens is not None and total > self.max_tokens:
@@ -292,91 +178,78 @@ class Conversations(Dataset):
                 raise ValueError(f"{over}: {error}") from error
             note = f"{over}: " + "; ".join(plan.describe() for plan in plans)
         sizes = {"image": iter(image_tokens), "video": iter(plan.tokens for plan in plans)}
-        kinds = [part["type"] for part in _all_parts(messages) if part["type"] in MEDIA]
-        return Prepared(planned, ids, labelled, [next(sizes[kind]) for kind in kinds], note)
+        media = [(kind, next(sizes[kind])) for kind in kinds]
+        return Prepared(planned, ids, labelled, media, note)
 
     def _load_images(self, messages):
         """Loads the images of the messages, in place; returns the tokens of each."""
         images = self.processor.image_processor
         tokens = []
-        for part in _all_parts(messages):
+        for part in all_parts(messages):
             if part["type"] == "image":
                 image = part["image"] = load_image(part["image"])
                 patches = images.get_number_of_image_patches(image.height, image.width, {})
                 tokens.append(patches // images.merge_size**2)
         return tokens
 
-    def labelled_text(self, messages):
+    def labelled_text(self, messages) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, bool per id): the text, and which tokens are an assistant's turn or end one.
 
-        The spans are the template's: what it adds to the conversation so far for the next turn.
+        Answers are rendered between marks, which say where they are whatever else is in the text.
         """
+        marked = []
         for message in messages:
             if message["role"] == "assistant":
                 # The header ends in a new line, with which leading white space would merge.
                 parts = [part["text"] for part in message["content"] if part["type"] == "text"]
                 if not (answer := "".join(parts).strip()):
                     raise ValueError("an assistant's turn is empty")
-                message["content"] = [{"type": "text", "text": answer}]
-        render = self.processor.apply_chat_template
-        whole, spans = render(messages, tokenize=False), []
-        for end, message in enumerate(messages, start=1):
-            if message["role"] != "assistant":
-                continue
-            before = render(messages[: end - 1], tokenize=False, add_generation_prompt=True)
-            after = render(messages[:end], tokenize=False).rstrip()
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise ValueError("the chat template changes earlier turns when later ones come")
-            spans.append((len(before), len(after)))
-        encoded = self.processor.tokenizer(whole, return_offsets_mapping=True)
+                content = [{"type": "text", "text": f"{MARK}{answer}{MARK}"}]
+                message = {**message, "content": content}
+            marked.append(message)
+        text = self.processor.apply_chat_template(marked, tokenize=False)
+        # Text, answer, text, answer, ..., text.
+        pieces = text.split(MARK)
+        answers = sum(message["role"] == "assistant" for message in messages)
+        if len(pieces) != 2 * answers + 1:
+            raise ValueError(f"the text holds the character U+{ord(MARK):X}, which is none")
+        spans, end = [], 0
+        for before, answer, after in zip(pieces[::2], pieces[1::2], pieces[2::2], strict=False):
+            if not (before.endswith(self.before_answer) and after.startswith(self.after_answer)):
+                raise ValueError("the chat template encloses this answer otherwise than others")
+            start, end = end + len(before), end + len(before) + len(answer)
+            spans.append((start - len(self.before_answer), end + len(self.after_answer)))
+        encoded = self.processor.tokenizer("".join(pieces), return_offsets_mapping=True)
         starts, ends = torch.tensor(encoded["offset_mapping"]).T
         labelled = torch.zeros(len(starts), dtype=torch.bool)
         for start, end in spans:
             labelled |= (starts >= start) & (ends <= end) & (ends > starts)
         return torch.tensor(encoded["input_ids"]), labelled
 
-    def measure(self, prepared):
+    def measure(self, prepared) -> dict:
         return {
             "tokens": prepared.tokens,
-            "vision_tokens": sum(prepared.sizes),
+            "vision_tokens": prepared.vision_tokens,
             "labels": int(prepared.labelled.sum()),
         }
 
-    def encode(self, prepared):
+    def encode(self, prepared) -> dict:
         """The model's inputs, a batch of one, and their labels."""
-        inputs = self.processor.apply_chat_template(
-            prepared.messages, tokenize=True, return_dict=True, return_tensors="pt"
-        )
         repeats = torch.ones_like(prepared.ids)
         places = torch.isin(prepared.ids, self.placeholders)
-        if int(places.sum()) != len(prepared.sizes):
-            raise ValueError("the text itself contains a placeholder of an image or video")
-        repeats[places] = torch.tensor(prepared.sizes, dtype=repeats.dtype)
+        repeats[places] = torch.tensor([tokens for _, tokens in prepared.media], dtype=torch.long)
         ids, labelled = (x.repeat_interleave(repeats) for x in (prepared.ids, prepared.labelled))
-        if not torch.equal(ids, inputs["input_ids"][0]):
-            raise ValueError(
-                f"the processor made {inputs['input_ids'].shape[1]:,} tokens of a plan of "
-                f"{len(ids):,}, or other ones"
-            )
         item = {"input_ids": ids, "labels": ids.masked_fill(~labelled, IGNORE)}
-        for name in PIXELS:
-            if inputs.get(name) is not None:
-                item[name] = torch.as_tensor(inputs[name])
+        for kind in {kind for kind, _ in prepared.media}:
+            given = [part[kind] for part in all_parts(prepared.messages) if part["type"] == kind]
+            pixels = self.processor(**{f"{kind}s": given}, return_tensors="pt")
+            item |= {name: torch.as_tensor(pixels[name]) for name in PIXELS if name in pixels}
+            merged = self.processor.image_processor.merge_size**2
+            made = (item[f"{kind}_grid_thw"].prod(-1) // merged).tolist()
+            planned = [tokens for own, tokens in prepared.media if own == kind]
+            if made != planned:
+                raise ValueError(f"the {kind}s became {made} tokens, planned were {planned}")
         return item
-
-
-PIXELS = (
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_values_videos",
-    "video_grid_thw",
-    "second_per_grid_ts",
-)
-
-
-def _all_parts(messages):
-    for message in messages:
-        yield from message["content"]
 
 
 class Collator:
@@ -416,7 +289,7 @@ class Collator:
         return batch
 
 
-def key_visits(vision, config):
+def key_visits(vision: torch.Tensor, config) -> tuple[int, int]:
     """Keys that one conversation's queries visit: (in the three branches and by text, if dense).
 
     vision: bool per token. A key in several branches counts once in each.
@@ -429,3 +302,44 @@ def key_visits(vision, config):
         window_size=config.nsa_window_size,
     )
     return int(sparse.sum() + dense[~vision].sum()), int(dense.sum())
+
+
+class DataReport:
+    """data_report.jsonl: what happened to rows that were not taken whole, each once.
+
+    All processes of a run append to the one file, and so does a run that is resumed.
+    """
+
+    SHOWN = 10
+
+    def __init__(self, folder):
+        self.path = Path(folder, REPORT)
+        self.known = {line[:2] for line in self._read()}
+
+    def _read(self):
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return [tuple(json.loads(line).values()) for line in lines]
+
+    def add(self, notes) -> list[str]:
+        """Appends the new ones of (what, row, why); returns what is to be shown of them."""
+        shown = []
+        for what, place, why in notes:
+            if (what, place) in self.known:
+                continue
+            self.known.add((what, place))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"what": what, "row": place, "why": why}) + "\n")
+            if len(self.known) <= self.SHOWN:
+                shown.append(f"{what} {place}: {why}")
+        return shown
+
+    def counts(self) -> Counter:
+        """How many rows were "skipped" and "shortened", by all processes."""
+        return Counter(what for what, _ in {line[:2] for line in self._read()})
+
+    def clear(self):
+        self.path.unlink(missing_ok=True)
+        self.known = set()

@@ -18,33 +18,54 @@ CARD = """\
 {description}
 
 ```python
+{usage}
+```
+
+needs {needs}. {commands}
+"""
+USAGE = """\
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto")
-```
-
-needs `pip install -r requirements.txt`. This checkpoint carries what loading it needs; the commands
+model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto")\
+"""
+COMMANDS = """\
+This checkpoint carries what loading it needs; the commands
 live in the repository of the code and take it by `--model`, as in
 
-    python ask.py --model {name} VIDEO "QUESTION"
+    python ask.py --model {name} VIDEO "QUESTION"\
+"""
+ADAPTER_USAGE = """\
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("{base}", trust_remote_code=True, dtype="auto")
+model = PeftModel.from_pretrained(model, "{name}")\
 """
 
 
-def write_card(
-    folder: str | Path,
+def write_card(folder: str | Path, name: str, source: str | Path, description: str, **settings):
+    """Write the README.md of the checkpoint in `folder`, as `make_card` makes it."""
+    card = make_card(name, source, description, **settings)
+    (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+
+
+def make_card(
     name: str,
     source: str | Path,
     description: str,
     *,
     revision: str | None = None,
     datasets: list[str] | None = None,
-):
-    """Write the README.md of the checkpoint in `folder`, which was made from `source`.
+    adapter_of: str | None = None,
+) -> str:
+    """The text of the README.md of a checkpoint that was made from `source`.
 
     name: what to load it by: the name of its folder, or its id on the Hub.  source: the folder or
     Hub id, with `revision`, whose card gives the licence and, for a folder, the base model.
     description: Markdown on what was done to the source.  datasets: Hub ids of its training data.
+    adapter_of: for an adapter, what to load its base by.
     """
     source_card = read_metadata(source, revision)
     own = {key: source_card[key] for key in source_card if key.startswith("license")}
@@ -57,8 +78,18 @@ def write_card(
         pipeline_tag="video-text-to-text",
         tags=["videonsa", "sparse-attention"],
     ).to_yaml()
-    card = CARD.format(header=header, name=name, description=description.strip())
-    (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+    if adapter_of is None:
+        usage, commands = USAGE.format(name=name), COMMANDS.format(name=name)
+    else:
+        usage, commands = ADAPTER_USAGE.format(name=name, base=adapter_of), "The base has the code."
+    return CARD.format(
+        header=header,
+        name=name,
+        description=description.strip(),
+        usage=usage,
+        needs="`pip install -r requirements.txt`" if adapter_of is None else "`pip install peft`",
+        commands=commands,
+    )
 
 
 def base_model(source: str | Path, revision: str | None = None) -> str | None:
@@ -78,15 +109,21 @@ def base_model(source: str | Path, revision: str | None = None) -> str | None:
     return named if isinstance(named, str) and HUB_ID.fullmatch(named) else None
 
 
-def read_metadata(source: str | Path, revision: str | None = None) -> dict:
-    """The metadata of the card of a folder or Hub id; empty where it has no card."""
-    path = Path(source).expanduser() / "README.md"
+def find_file(source: str | Path, name: str, revision: str | None = None) -> Path | None:
+    """The file `name` of a folder or Hub id, downloaded if need be; None where it has none."""
+    path = Path(source).expanduser() / name
     if not path.parent.is_dir():
         try:
-            path = Path(hf_hub_download(str(source), "README.md", revision=revision))
+            path = Path(hf_hub_download(str(source), name, revision=revision))
         except (EntryNotFoundError, LocalEntryNotFoundError):
-            return {}
-    if not path.is_file():
+            return None
+    return path if path.is_file() else None
+
+
+def read_metadata(source: str | Path, revision: str | None = None) -> dict:
+    """The metadata of the card of a folder or Hub id; empty where it has no card."""
+    path = find_file(source, "README.md", revision)
+    if path is None:
         return {}
     try:
         return metadata_load(path) or {}

@@ -7,11 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -20,13 +24,13 @@ import clips
 import finetune
 import make_clips
 import tiny
-from commands.finetuning_data import (
-    Collator,
-    Conversations,
-    key_visits,
-    read_set,
-    to_messages,
-)
+from commands import finetuning_model
+from commands.checkpoint_files import REQUIRED_FILES
+from commands.finetuning_data import REPORT, Collator, Conversations, key_visits
+from commands.finetuning_model import part_of
+from commands.finetuning_rows import read_set, to_messages
+from commands.finetuning_saving import COMPLETE, whole_checkpoints
+from nsa_reference import BRANCHES
 from paths import ROOT
 
 ROW = {
@@ -351,7 +355,7 @@ def test_what_cannot_be_read_is_skipped_counted_and_listed(folder, tmp_path):
     rows = [{**ROW, "video": str(path)} for path in broken]
     write_rows(folder / "broken.jsonl", [rows[0], ROW, *rows[1:], ROW])
     trainer = run(folder / "broken.jsonl", tmp_path / "out", max_steps=5, dataloader_num_workers=2)
-    report = (tmp_path / "out" / finetune.REPORT).read_text().splitlines()
+    report = (tmp_path / "out" / REPORT).read_text().splitlines()
     lines = sorted((json.loads(line) for line in report), key=lambda line: line["row"])
     assert [(line["what"], line["row"].rpartition(":")[2]) for line in lines] == [
         ("skipped", number) for number in "134"
@@ -472,9 +476,9 @@ def test_only_what_is_named_trains(folder, tmp_path, checkpointing):
     trainer, grads = gradients_of_one_step(
         folder, tmp_path, train="merger,gates", warmup_steps=0, **checkpointing
     )
-    assert {finetune.part_of(name) for name in grads} == {"merger", "gates"}
+    assert {part_of(name) for name in grads} == {"merger", "gates"}
     after = load_file(tmp_path / "out" / "model.safetensors")
-    changed = {finetune.part_of(n) for n in after if not torch.equal(after[n], before[n].float())}
+    changed = {part_of(n) for n in after if not torch.equal(after[n], before[n].float())}
     assert changed == {"merger", "gates"}
 
 
@@ -488,7 +492,7 @@ def test_parts_have_their_own_learning_rates(folder, tmp_path):
     for group in trainer.optimizer.param_groups:
         for parameter in group["params"]:
             name = names.pop(id(parameter))
-            seen.setdefault(finetune.part_of(name), set()).add(group["initial_lr"])
+            seen.setdefault(part_of(name), set()).add(group["initial_lr"])
             if name.endswith(".bias"):
                 assert group["weight_decay"] == 0, name
             elif parameter.ndim > 1:
@@ -500,7 +504,7 @@ def test_parts_have_their_own_learning_rates(folder, tmp_path):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_adapters_over_a_frozen_tower_with_checkpointing(folder, tmp_path, reentrant):
     outputs = []
-    original = finetune.run_frozen_tower_without_graph
+    original = finetuning_model.run_frozen_tower_without_graph
 
     def watch(visual):
         original(visual)
@@ -508,7 +512,7 @@ def test_adapters_over_a_frozen_tower_with_checkpointing(folder, tmp_path, reent
         visual.patch_embed.register_forward_hook(lambda *a: outputs.append(a[-1].grad_fn))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "run_frozen_tower_without_graph", watch)
+        patch.setattr(finetuning_model, "run_frozen_tower_without_graph", watch)
         trainer, grads = gradients_of_one_step(
             folder, tmp_path, lora_r=2, gradient_checkpointing=True,
             gradient_checkpointing_kwargs=json.dumps({"use_reentrant": reentrant}),
@@ -573,7 +577,7 @@ def test_the_log_has_the_gates_and_what_is_attended(folder, tmp_path, model, pro
     [hook.remove() for hook in hooks]
     gates = (torch.stack(used) / 0.3).sigmoid().unflatten(-1, (-1, 3)).mean((1, 2))
     assert gates.shape == (len(layers), 3)
-    for branch, name in enumerate(finetune.BRANCHES):
+    for branch, name in enumerate(BRANCHES):
         assert first[f"gate_{name}"] == pytest.approx(float(gates.mean(0)[branch]), rel=1e-5)
         for layer in range(len(layers)):
             logged = first[f"gates_by_layer/{layer:02d}_{name}"]
@@ -627,8 +631,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, adapters):
     assert losses(again) == losses(whole) and len(losses(whole)) == 6
     ours, theirs = again.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert (tmp_path / "whole" / "checkpoint-6").is_dir()
-    assert not (tmp_path / "whole" / finetune.INCOMPLETE).exists()
+    assert [one.name for one in whole_checkpoints(tmp_path / "whole")] == [
+        "checkpoint-3", "checkpoint-6",
+    ]  # fmt: skip
 
 
 def test_resuming_from_other_weights_is_an_error(folder, tmp_path):
@@ -651,12 +656,13 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import finetune
-save = finetune.VideoNSATrainer._save_rng_state
-def die(self, folder):
-    if self.state.global_step == 2:
+from transformers import TrainerState
+save = TrainerState.save_to_json
+def die(self, path):
+    if self.global_step == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    save(self, folder)
-finetune.VideoNSATrainer._save_rng_state = die
+    save(self, path)
+TrainerState.save_to_json = die
 finetune.main()
 """
 
@@ -667,9 +673,11 @@ def test_a_kill_during_a_save_leaves_the_last_whole_checkpoint(folder, tmp_path)
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     argv = flags(folder / "clips.jsonl", tmp_path / "out", **settings)
     assert start(script, argv).returncode == -signal.SIGKILL
-    whole = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
-    assert whole == ["checkpoint-1"]
-    assert (tmp_path / "out" / finetune.INCOMPLETE / "checkpoint-2" / "model.safetensors").exists()
+    assert [path.name for path in whole_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+    half = tmp_path / "out" / "checkpoint-2"
+    assert (half / "model.safetensors").exists() and (half / "optimizer.pt").exists()
+    with pytest.raises(ValueError, match=f"no file {COMPLETE}.* is .*checkpoint-1"):
+        run(folder / "clips.jsonl", tmp_path / "out", **settings, resume_from_checkpoint=half)
     again = run(folder / "clips.jsonl", tmp_path / "out", **settings, resume_from_checkpoint="last")
     assert again.state.global_step == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if "ch" in path.name[:2]) == [
@@ -722,19 +730,94 @@ def test_adapters_load_with_their_gates_and_merge(folder, tmp_path, batch, model
         assert torch.equal(model.get_parameter(plain), gate) == last, name
 
 
-def test_pushing_follows_a_complete_save(folder, tmp_path, monkeypatch):
-    pushed = []
+class Hub:
+    """Stands for the Hub: commits go to a folder, as `HfApi.upload_folder` would make them."""
 
-    def push(self, **card):
-        pushed.append((card, sorted(path.name for path in Path(self.args.output_dir).iterdir())))
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.commits = folder, []
+        repo = SimpleNamespace(repo_id="someone/tuned")
+        monkeypatch.setattr(HfApi, "create_repo", lambda api, *args, **kwargs: repo)
+        monkeypatch.setattr(HfApi, "upload_folder", self.upload)
+        monkeypatch.setattr(HfApi, "run_as_future", self.run)
 
-    monkeypatch.setattr(finetune.VideoNSATrainer, "init_hf_repo", lambda self: None)
-    monkeypatch.setattr(finetune.VideoNSATrainer, "push_to_hub", push)
-    run(folder / "clips.jsonl", tmp_path, max_steps=1, push_to_hub=True, hub_strategy="end")
-    [(card, files)] = pushed
-    assert card["finetuned_from"] == str(ROOT) and "videonsa" in card["tags"]
-    needed = {"config.json", "model.safetensors", "modeling_videonsa.py", "processing_videonsa.py"}
-    assert needed <= set(files)
+    @staticmethod
+    def run(api, function, *args):
+        future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def upload(
+        self, *, repo_id, folder_path, commit_message, path_in_repo="", allow_patterns="*",
+        delete_patterns=None, **access,
+    ):  # fmt: skip
+        assert repo_id == "someone/tuned"
+        self.commits.append(commit_message)
+        source, target = Path(folder_path), self.folder / path_in_repo
+        names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+        there = [str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(there, allow_patterns=delete_patterns or []):
+            (target / name).unlink()
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, target / name)
+
+
+def names_in(folder):
+    return {path.name for path in Path(folder).iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "whole"),
+    [
+        ({}, True),
+        ({"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}, True),
+        ({"lora_r": 2}, False),
+        ({"lora_r": 2, "save_strategy": "steps", "save_steps": 1}, False),
+        ({"lora_r": 2, "merge_lora": True}, True),
+        ({"lora_r": 2, "merge_lora": True, "save_strategy": "steps", "save_steps": 1}, True),
+        ({"lora_r": 2, "merge_lora": True, "hub_strategy": "all_checkpoints",
+          "save_strategy": "epoch"}, True),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_folder_and_the_hub_hold_what_was_trained(
+    folder, tmp_path, monkeypatch, batch, settings, whole
+):
+    import peft
+
+    out, repo = tmp_path / "out", tmp_path / "hub"
+    hub = Hub(repo, monkeypatch)
+    trainer = run(
+        folder / "clips.jsonl", out, max_steps=2, gate_lr=1e-2, push_to_hub=True, **settings
+    )
+    expected = logits_of(trainer.model, batch)
+    saves = {"steps": 2, "epoch": 1, "no": 0}[settings.get("save_strategy", "no")]
+    saves *= 2 if "hub_strategy" in settings else 1
+    assert len(hub.commits) == saves + 1 and hub.commits[-1] == "End of training"
+    for place in (out, repo, *whole_checkpoints(out)[-1:]):
+        names = names_in(place)
+        adapter = {"adapter_config.json", "adapter_model.safetensors"}
+        if place.parent == out and "lora_r" in settings or not whole:
+            assert adapter < names and not {"config.json", "model.safetensors"} & names
+        else:
+            assert not adapter & names and set(REQUIRED_FILES) | {"model.safetensors"} < names
+        source = ROOT if adapter < names else place
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            source, trust_remote_code=True, dtype=torch.float32
+        )
+        if adapter < names:
+            loaded = peft.PeftModel.from_pretrained(loaded, place)
+        logits = logits_of(loaded, batch)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        processor = AutoProcessor.from_pretrained(place, trust_remote_code=True)
+        assert type(processor).__name__ == "VideoNSAProcessor"
+        card = (place / "README.md").read_text()
+        assert str(folder) not in card and str(ROOT) not in card and str(tmp_path) not in card
+        assert "`clips.jsonl`" in card
+    assert not {"data_report.jsonl", "training_args.bin", COMPLETE} & names_in(repo)
 
 
 # Several processes.
@@ -808,7 +891,7 @@ def test_a_dry_run_measures_and_trains_nothing(folder, tmp_path, capsys):
     assert "gone.mp4" in printed
     assert "Tokens a conversation:" in printed and "GiB" in printed
     assert "6 steps of 2 conversations (3 epochs)" in printed
-    assert [path.name for path in tmp_path.iterdir()] == [finetune.REPORT]
+    assert [path.name for path in tmp_path.iterdir()] == [REPORT]
 
 
 def test_help_explains_every_flag(capsys):

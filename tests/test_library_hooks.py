@@ -79,6 +79,10 @@ CALLED = [
     (f"{QWEN}.Qwen2_5_VLModel.get_placeholder_mask", "input_ids inputs_embeds"),
     (f"{QWEN}.Qwen2_5_VLModel.get_video_features", "pixel_values_videos video_grid_thw"),
     (f"{QWEN}.Qwen2_5_VLModel.get_image_features", "pixel_values image_grid_thw"),
+    # commands/finetuning_trainer.py, commands/finetuning_saving.py
+    ("transformers.Trainer.save_model", "output_dir _internal_call"),
+    ("transformers.Trainer.get_batch_samples", "epoch_iterator num_batches device"),
+    ("transformers.TrainingArguments", "save_total_limit hub_strategy"),
 ]
 # Methods of ours that `generate` calls by itself, with what makes it do so.
 CALLS = [

@@ -35,11 +35,11 @@ class Api:
 
     calls = []
 
-    def create_repo(self, repo_id, *, private, exist_ok):
+    def create_repo(self, repo_id, *, private, exist_ok, **access):
         self.calls.append(("create_repo", repo_id, private, exist_ok))
 
     def upload_folder(
-        self, *, repo_id, folder_path, allow_patterns, delete_patterns, commit_message
+        self, *, repo_id, folder_path, allow_patterns, delete_patterns, commit_message, **access
     ):
         files = [p.relative_to(folder_path).as_posix() for p in folder_path.rglob("*")]
         sent = set(filter_repo_objects(files, allow_patterns=allow_patterns))

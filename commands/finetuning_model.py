@@ -1,0 +1,134 @@
+"""The model that finetune.py trains: which parts train, adapters, and how the vision tower runs.
+
+A parameter belongs to one of four parts by its name: llm, gates, merger or vision (`part_of`).
+`choose_trained` freezes the others or puts adapters on llm and vision. `keep_vision_calls_equal`
+lets processes that share sharded parameters stay in step, whatever media their batches have.
+"""
+
+import functools
+import os
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+PARTS = ("llm", "gates", "merger", "vision")
+
+
+def part_of(name):
+    """The part of the model that a parameter belongs to, by its name."""
+    if ".g_proj_" in name:
+        return "gates"
+    if ".visual." in name:
+        return "merger" if ".visual.merger." in name else "vision"
+    return "llm"
+
+
+def load_model(model_args, args):
+    """The checkpoint with its trainable parts chosen; frozen weights in the dtype of the run."""
+    model = AutoModelForImageTextToText.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        dtype=run_dtype(args),
+        trust_remote_code=True,
+    )
+    return choose_trained(model, model_args, args)
+
+
+def run_dtype(args):
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def choose_trained(model, model_args, args):
+    """Freezes what does not train and adds adapters; returns the model or its PeftModel."""
+    if not hasattr(model.config.text_config, "nsa_block_size"):
+        raise ValueError(
+            f"{model_args.model_name_or_path} is a {model.config.model_type} checkpoint, not a "
+            "VideoNSA one; convert it first: python convert_checkpoint.py SOURCE FOLDER"
+        )
+    base, parts = model, set(model_args.parts)
+    if model_args.lora_r:
+        model = add_adapters(model, model_args, parts)
+    else:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part_of(name) in parts)
+    if not args.deepspeed:  # which keeps its own copies in float32
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    run_frozen_tower_without_graph(base.model.visual)
+    return model
+
+
+def add_adapters(model, model_args, parts):
+    import peft
+
+    stems = {"llm": r"language_model\.layers", "vision": r"visual\.blocks"}
+    stems = "|".join(stem for part, stem in stems.items() if part in parts)
+    modules = "|".join(model_args.lora_modules.replace(" ", "").split(","))
+    whole = {"gates": ["g_proj_1", "g_proj_2"], "merger": ["merger"]}
+    config = peft.LoraConfig(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha or 2 * model_args.lora_r,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=rf".*({stems})\.\d+\.(.*\.)?({modules})",
+        modules_to_save=[name for part in PARTS if part in parts for name in whole.get(part, [])],
+        revision=model_args.model_revision,
+    )
+    if os.path.isdir(model_args.model_name_or_path):  # the adapter may be loaded from elsewhere
+        model.name_or_path = os.path.abspath(model_args.model_name_or_path)
+    return peft.get_peft_model(model, config)
+
+
+def run_frozen_tower_without_graph(visual):
+    """Frozen parts of the vision tower keep no activations and are not checkpointed.
+
+    They would be where the library asks for gradients of the tower's input, as it does for some
+    kinds of checkpointing, and PEFT with it.
+    """
+    if not any(parameter.requires_grad for parameter in visual.parameters()):
+        frozen = [visual]
+    elif all(part_of(f".visual.{name}") == "merger" for name, _ in _trained(visual)):
+        frozen = [visual.patch_embed, *visual.blocks]
+    else:
+        frozen = []
+    for module in frozen:
+        module.eval()  # and so it stays
+        module.train = functools.partial(_same, module)
+        module.forward = torch.no_grad()(module.forward)
+
+
+def _same(module, mode=True):
+    return module
+
+
+def _trained(model):
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def keep_vision_calls_equal(model, calls):
+    """Makes every training step run the vision tower `calls` times, once per kind of medium.
+
+    Processes that share sharded parameters must use them in step: one whose batch has no video
+    while another's has would hang. What is missing is made up by the smallest picture, whose
+    features are multiplied by zero. One process does the same, so that it trains the same.
+    """
+    inner, vision = model.model, model.config.vision_config
+    side = vision.spatial_merge_size
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    missing = 0
+
+    def count(module, args, kwargs):
+        nonlocal missing
+        given = [kwargs.get(name) for name in ("pixel_values", "pixel_values_videos")]
+        missing = calls - sum(pixels is not None for pixels in given) if module.training else 0
+
+    def make_up(module, args, embeddings):
+        for _ in range(missing):
+            pixels = torch.zeros(side * side, patch, device=embeddings.device)
+            grid = torch.tensor([[1, side, side]], device=embeddings.device)
+            features = inner.visual(pixels, grid_thw=grid).pooler_output
+            embeddings = embeddings + 0 * features.sum().to(embeddings.dtype)
+        return embeddings
+
+    inner.register_forward_pre_hook(count, with_kwargs=True)
+    inner.get_input_embeddings().register_forward_hook(make_up)

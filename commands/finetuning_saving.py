@@ -1,0 +1,297 @@
+"""What fine-tuning writes and goes on from: checkpoints that are whole, and a result that loads.
+
+A checkpoint folder gets the file `COMPLETE` once all processes have written all of it; only then
+are older ones deleted and is it pushed. A run resumes from folders with that file, so one that was
+killed in the middle of a save goes on from the checkpoint before.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import transformers
+from accelerate import PartialState
+from huggingface_hub import HfApi
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+
+from commands.checkpoint_files import ADAPTER_WEIGHTS, copy_code, listed_files, upload
+from commands.finetuning_model import run_dtype
+from commands.model_card import HUB_ID, find_file, make_card
+
+logger = transformers.utils.logging.get_logger("finetune")
+
+COMPLETE = "save_completed"
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Marks whole checkpoints, and deletes old ones and pushes in the Trainer's stead.
+
+    The Trainer does both before all processes have written their part of a checkpoint: its own
+    settings for them are switched off here. repo_id: on the Hub, where checkpoints are pushed.
+    """
+
+    def __init__(self, args, repo_id):
+        self.repo_id = repo_id
+        self.limit, args.save_total_limit = args.save_total_limit, None
+        self.strategy, args.hub_strategy = HubStrategy(args.hub_strategy), HubStrategy.END
+        self.pushed, self.push = None, None  # the last folder to be pushed, and its future
+        self.started_at = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started_at = state.global_step
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if state.global_step == self.started_at:  # resumed at its end: nothing new to save
+            control.should_save = False
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        PartialState().wait_for_everyone()
+        if not args.should_save:
+            return
+        (folder / COMPLETE).touch()
+        self._delete_old(args.output_dir, folder)
+        if args.push_to_hub and state.is_world_process_zero and self.strategy != HubStrategy.END:
+            self._start_push(args, folder)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.push is not None:
+            self._finish_push()
+
+    def _delete_old(self, output_dir, newest):
+        if not self.limit or self.limit < 0:
+            return
+        others = [one for one in whole_checkpoints(output_dir) if one != newest]
+        for folder in others[: max(len(others) - (self.limit - 1), 0)]:
+            if self.push is not None and not self.push.done() and folder == self.pushed:
+                continue
+            delete_checkpoint(folder)
+
+    def _start_push(self, args, folder):
+        if not is_loadable(folder):
+            logger.warning(f"{folder.name} is in shards and not pushed; the result will be.")
+            return
+        if self.push is not None:
+            if not self.push.done() and not args.hub_always_push:
+                return
+            self._finish_push()
+        self.pushed = folder
+        self.push = HfApi().run_as_future(self._push, args, folder)
+
+    def _push(self, args, folder):
+        step = folder.name.rpartition("-")[2]
+        access = {"token": args.hub_token, "revision": args.hub_revision}
+        names, message = listed_files(folder), f"Training in progress, step {step}"
+        upload(folder, self.repo_id, names, message, args.hub_private_repo, **access)
+        if self.strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = self.strategy == HubStrategy.CHECKPOINT
+            HfApi().upload_folder(
+                repo_id=self.repo_id,
+                folder_path=folder,
+                path_in_repo="last-checkpoint" if last else folder.name,
+                delete_patterns="*",
+                commit_message=f"{message}, checkpoint",
+                **access,
+            )
+
+    def _finish_push(self):
+        try:
+            self.push.result()
+        except Exception as error:  # the run goes on: all is on disk, and the result is pushed anew
+            logger.warning(f"Pushing {self.pushed} failed: {type(error).__name__}: {error}")
+        self.push = None
+
+
+def whole_checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints in a folder that were completely saved, by step."""
+    found = [marker.parent for marker in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
+    found = [one for one in found if one.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda one: int(one.name.rpartition("-")[2]))
+
+
+def delete_checkpoint(folder: Path):
+    """Deletes a checkpoint; one that is cut off in the middle of that does not count as whole."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_checkpoint(wanted: str | None, output_dir: str) -> Path | None:
+    """The folder that --resume_from_checkpoint means; None to start from the beginning.
+
+    wanted: a folder, or "last" (or "true") for the last whole checkpoint of `output_dir`, if any.
+    Raises ValueError for a folder that was not completely saved, or without an optimizer's state.
+    """
+    if wanted is None:
+        return None
+    whole = whole_checkpoints(output_dir)
+    if wanted in ("last", "true", "True"):
+        folder = whole[-1] if whole else None
+        logger.warning(f"Resuming from {folder}." if folder else "Starting from scratch.")
+        return folder
+    folder = Path(wanted)
+    last = f" The last whole checkpoint of {output_dir} is {whole[-1]}." if whole else ""
+    if not folder.is_dir():
+        raise ValueError(f"--resume_from_checkpoint {wanted}: there is no such folder.{last}")
+    if not (folder / COMPLETE).exists():
+        raise ValueError(
+            f"{folder} was not completely saved: it has no file {COMPLETE}, which is written last."
+            f"{last} If you know that it is whole, make that file."
+        )
+    if not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*")):
+        raise ValueError(
+            f"{folder} has no state of the optimizer (--save_only_model leaves it out), so a run "
+            "cannot go on from it. To start anew from its weights, give it as --model_name_or_path."
+        )
+    return folder
+
+
+def check_keys(model, checkpoint: Path):
+    """Raises ValueError unless a checkpoint has exactly the weights that the model would resume.
+
+    The Trainer would go on without those that are missing. Weights in shards of FSDP or DeepSpeed
+    are compared when they are loaded.
+    """
+    adapter, is_adapter = checkpoint / ADAPTER_WEIGHTS, hasattr(model, "peft_config")
+    index, single = checkpoint / "model.safetensors.index.json", checkpoint / "model.safetensors"
+    if adapter.exists() != is_adapter and (adapter.exists() or index.exists() or single.exists()):
+        raise ValueError(
+            f"{checkpoint} has {'an adapter' if adapter.exists() else 'whole weights'}, but this "
+            f"run trains {'an adapter' if is_adapter else 'whole weights'}. Resume with the "
+            "settings that it was made with (--lora_r)."
+        )
+    tied = set()
+    if adapter.exists():
+        import peft
+
+        own, saved = set(peft.get_peft_model_state_dict(model)), _keys(adapter)
+    elif index.exists():
+        own, saved = set(model.state_dict()), set(json.loads(index.read_text())["weight_map"])
+        tied = set(model.all_tied_weights_keys)
+    elif single.exists():
+        own, saved = set(model.state_dict()), _keys(single)
+        tied = set(model.all_tied_weights_keys)
+    else:
+        return
+    missing, unexpected = sorted(own - saved - tied), sorted(saved - own)
+    if missing or unexpected:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} weights that this run trains "
+            f"({', '.join(missing[:3])}) and has {len(unexpected)} others "
+            f"({', '.join(unexpected[:3])}). Resume with the settings that it was made with."
+        )
+
+
+def _keys(path):
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
+
+
+class Papers(NamedTuple):
+    """The texts that go with weights: a licence if there is one, a card for each kind."""
+
+    licence: str | None
+    card: str
+    adapter_card: str
+
+
+def make_papers(model_args, data, args) -> Papers:
+    """The papers of all that a run saves, made once at its start.
+
+    The card names the data: sets on the Hub by their ids, files by name, no path of this machine.
+    """
+    base, revision = model_args.model_name_or_path, model_args.model_revision
+    called = base if _is_hub_id(base) else Path(base).resolve().name
+    sources = [name.partition("%")[0] for name in data]
+    on_hub = list(dict.fromkeys(s.partition(":")[0] for s in sources if _is_hub_id(s)))
+    named = [f"[{one}](https://huggingface.co/datasets/{one})" for one in on_hub]
+    named += dict.fromkeys(f"`{Path(one).name}`" for one in sources if not _is_hub_id(one))
+    how = f"{', '.join(model_args.parts)} trained"
+    if model_args.lora_r:
+        how += f" with adapters of rank {model_args.lora_r}"
+    name = (args.hub_model_id if args.push_to_hub else None) or Path(args.output_dir).resolve().name
+    description = f"{called}, fine-tuned by VideoNSA's `finetune.py`: {how}, on {', '.join(named)}."
+    licence = find_file(base, "LICENSE", revision)
+    common = {"revision": revision, "datasets": on_hub}
+    return Papers(
+        licence.read_text(encoding="utf-8") if licence else None,
+        make_card(name, base, description, **common),
+        make_card(name, base, description, **common, adapter_of=called),
+    )
+
+
+def _is_hub_id(name):
+    name = name.partition(":")[0]
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def prepare_folder(folder: str | Path, args):
+    """Before a save: removes what an earlier run left of the same checkpoint."""
+    folder = Path(folder)
+    if folder.name.startswith(PREFIX_CHECKPOINT_DIR) and args.should_save:
+        delete_checkpoint(folder)
+    PartialState().wait_for_everyone()
+
+
+def is_loadable(folder: str | Path) -> bool:
+    """Whether a folder has weights as `from_pretrained` reads them, not FSDP's or DeepSpeed's."""
+    return any(Path(folder, name).exists() for name in ("config.json", "adapter_config.json"))
+
+
+def complete_folder(folder: str | Path, whole: bool, papers: Papers):
+    """After a save: adds what loading needs besides weights and processor, and the `papers`.
+
+    whole: whether whole weights were saved, else an adapter. Weights of the other kind, or in other
+    shards, that an earlier run left in the folder are removed: loading would take them instead.
+    """
+    folder = Path(folder)
+    if not is_loadable(folder):
+        return
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    stale = [folder / "config.json", index, *folder.glob("model*.safetensors")]
+    if whole:
+        copy_code(folder)
+        stale = [folder / "adapter_config.json", folder / ADAPTER_WEIGHTS]
+        if index.exists():
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            stale.append(single if all((folder / one).exists() for one in shards) else index)
+    for path in stale:
+        path.unlink(missing_ok=True)
+    card = papers.card if whole else papers.adapter_card
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if papers.licence:
+        (folder / "LICENSE").write_text(papers.licence, encoding="utf-8")
+
+
+def save_result(trainer, model_args):
+    """Writes the result to the output folder, in the dtype of the run, and pushes it if asked."""
+    args, out = trainer.args, Path(trainer.args.output_dir)
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    if not (trainer.is_deepspeed_enabled or model_args.lora_r):
+        trainer.model.to(run_dtype(args))
+    trainer.save_model(str(out / "adapter" if model_args.merge_lora else out), _internal_call=True)
+    if model_args.merge_lora and args.should_save:
+        merge(model_args, args, out / "adapter", out)
+        trainer.processing_class.save_pretrained(out)
+        complete_folder(out, True, trainer.papers)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_state()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def merge(model_args, args, adapter, out):
+    """Writes base and adapter as one checkpoint; on the CPU, as the model may be in shards."""
+    import peft
+
+    base = AutoModelForImageTextToText.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        dtype=run_dtype(args),
+        trust_remote_code=True,
+    )
+    merged = peft.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    merged.save_pretrained(out)
