@@ -54,7 +54,7 @@ def write_manifests(model, args, results, samples):
             "proof": prove(records.values(), model.attention),
             "preset": args.preset_record,
             "generation": {
-                "from_checkpoint": model.brought,
+                "from_checkpoint": model.checkpoint_generation,
                 "by_task": distinct(r["generation"] for r in records.values()),
             },
             "fingerprint": model.fingerprint,

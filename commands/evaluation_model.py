@@ -79,31 +79,20 @@ class VideoNSA(lmms):
         if unknown := set(self.branches) - set(BRANCHES):
             raise ValueError(f"branches has {unknown}; choose from {', '.join(BRANCHES)}.")
 
-        source = {"trust_remote_code": True, "revision": revision}
-        config = AutoConfig.from_pretrained(pretrained, **source)
-        if config.model_type != "videonsa":
-            raise ValueError(
-                f"{pretrained} is a {config.model_type}, which has no sparse attention and would "
-                "run dense. convert_checkpoint.py makes a VideoNSA of a Qwen2.5-VL; with "
-                "--attention dense that is the Qwen2.5-VL it came from."
-            )
-        changed = {"nsa_num_selected_blocks": blocks, "nsa_window_size": window}
-        changed["nsa_enabled"] = attention == "sparse"
-        changed = {name: value for name, value in changed.items() if value is not None}
-        text = config.text_config
-        config.text_config = type(text).from_dict({**text.to_dict(), **changed})
+        text = {"nsa_num_selected_blocks": blocks, "nsa_window_size": window}
+        text = {name: value for name, value in text.items() if value is not None}
+        text["nsa_enabled"] = attention == "sparse"
         default = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.model = AutoModelForImageTextToText.from_pretrained(
-            pretrained,
-            config=config,
-            dtype=getattr(torch, dtype) if dtype else default,
-            device_map=device_map or self.device,
-            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
-            **source,
-        ).eval()
-        self.processor = AutoProcessor.from_pretrained(pretrained, **source)
+        settings = {"dtype": getattr(torch, dtype) if dtype else default}
+        settings["device_map"] = device_map or self.device
+        if attn_implementation:
+            settings["attn_implementation"] = attn_implementation
+        self.model = load_model(pretrained, revision, text, **settings)
+        self.processor = AutoProcessor.from_pretrained(
+            pretrained, revision=revision, trust_remote_code=True
+        )
         self.recorder = AttentionRecorder(self.model, self.branches)
-        self.brought = clear_generation_config(self.model)
+        self.checkpoint_generation = clear_generation_config(self.model)
         self.settings = self._describe(pretrained, revision)
         # Where a checkpoint lies does not change what it answers.
         content = {**self.settings, "checkpoint": self.settings["checkpoint"]["weights"]}
@@ -139,7 +128,7 @@ class VideoNSA(lmms):
                 "text": config._attn_implementation,
             },
             "video": self.limits,
-            "special_tokens": self.brought["kept"],
+            "special_tokens": self.checkpoint_generation["kept"],
             "config": digest({**config.to_dict(), "_name_or_path": None}),
             "processor": digest(
                 [
@@ -273,13 +262,30 @@ class VideoNSA(lmms):
         raise NotImplementedError("evaluation.py asks one question a sample, not several rounds.")
 
 
+def load_model(pretrained, revision, text, **settings):
+    """The checkpoint's model with other values of its text config; ValueError if no VideoNSA."""
+    source = {"revision": revision, "trust_remote_code": True}
+    config = AutoConfig.from_pretrained(pretrained, **source)
+    if config.model_type != "videonsa":
+        raise ValueError(
+            f"{pretrained} is a {config.model_type}, which has no sparse attention and would "
+            "run dense. convert_checkpoint.py makes a VideoNSA of a Qwen2.5-VL; with "
+            "--attention dense that is the Qwen2.5-VL it came from."
+        )
+    own = config.text_config
+    config.text_config = type(own).from_dict({**own.to_dict(), **text})
+    return AutoModelForImageTextToText.from_pretrained(
+        pretrained, config=config, **settings, **source
+    ).eval()
+
+
 def clear_generation_config(model):
     """Leave the model no generation settings but its special tokens; returns what it had."""
-    brought = model.generation_config.to_diff_dict()
-    brought.pop("transformers_version", None)
-    tokens = {name: brought.pop(name) for name in list(brought) if name.endswith("_token_id")}
+    own = model.generation_config.to_diff_dict()
+    own.pop("transformers_version", None)
+    tokens = {name: own.pop(name) for name in list(own) if name.endswith("_token_id")}
     model.generation_config = GenerationConfig(**tokens)
-    return {"kept": tokens, "overridden": brought}
+    return {"kept": tokens, "overridden": own}
 
 
 def generation_settings(asked):
@@ -294,13 +300,13 @@ def generation_settings(asked):
     temperature = asked.get("temperature")
     sample = bool(asked.get("do_sample", (temperature or 0) > 0)) and temperature != 0
     known = set(GenerationConfig().to_dict())
-    drawing = {"temperature", "top_p", "top_k", "min_p", "typical_p"}
+    sampling = {"temperature", "top_p", "top_k", "min_p", "typical_p"}
     applied = {"max_new_tokens": 128, "num_beams": 1, "do_sample": sample}
     without_effect = {}
     for name, value in asked.items():
         if name == "do_sample":
             continue
-        if name not in known or (name in drawing and not sample):
+        if name not in known or (name in sampling and not sample):
             without_effect[name] = value
         else:
             applied[name] = value

@@ -6,8 +6,9 @@
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     print(forecast(config, 131072, vision_tokens=131000, device="cuda").describe())
 
-Weights and cache follow from the configuration. What a prompt takes besides follows from constants
-that were set by measurements on a GPU; on a CPU, where the reference runs, it is an indication.
+The sizes of weights and cache follow from the configuration. The memory that a prompt takes on top
+is estimated with constants fitted to measurements on a GPU; on a CPU, where the reference runs, the
+estimate is rough.
 """
 
 import dataclasses
@@ -17,21 +18,22 @@ import torch
 
 GIB = 2**30
 
-# The prompt goes through the layers in chunks of so many tokens (prefill_videonsa.py), ...
+# Tokens of one prefill chunk; tests hold it to prefill_videonsa.py.
 PREFILL_CHUNK_TOKENS = 16384
-# ... of which each takes so many activations of each size while a layer's MLP runs, ...
+# Memory of one layer per token of a chunk, in rows of hidden_size and of intermediate_size
+# activations: while its MLP runs, and while its attention runs.
 MLP_HIDDEN_ROWS, MLP_INTERMEDIATE_ROWS = 4, 3
-# ... and so many while its attention runs. Above so many vision tokens its kernels keep the
-# selected branch's partial results of so many queries (nsa_kernels_tiles.py), and the importance of
-# so many blocks to each of them, in float32 for each key/value head.
 ATTENTION_HIDDEN_ROWS = 8
+# Above KERNEL_FROM vision tokens the kernels keep two buffers for KERNEL_QUERIES queries: partial
+# results of the selected branch, in bfloat16 or float16, and the importance of KERNEL_BLOCKS blocks
+# for each key/value head, in float32. Tests hold them to nsa_kernels_tiles.py.
 KERNEL_FROM, KERNEL_QUERIES, KERNEL_BLOCKS = 8192, 9216, 2048
-# The vision tower takes the videos in chunks of so many tokens (of four patches), ...
+# Tokens of one chunk of the vision tower, four patches each, and its memory per patch while a block
+# runs, in rows of the tower's hidden_size and intermediate_size; the patch's pixels come on top, in
+# float32 and in the tower's dtype.
 VISION_CHUNK_TOKENS = 8192
-# ... of which each patch takes so many activations of each size while a block runs, and its
-# pixels in float32 and once more in the tower's dtype.
 VISION_HIDDEN_ROWS, VISION_INTERMEDIATE_ROWS = 6, 3
-# Layers whose keys and values are there twice: while one grows, and gathered for the branches.
+# Layers whose keys and values exist twice: one whose cache grows, and one packed for the branches.
 COPIED_LAYERS = 2
 
 

@@ -369,8 +369,8 @@ def test_what_the_checkpoint_brings_does_not_leak_in(load, task, tmp_path):
     given = answer(model, task)
     shutil.rmtree(model.cache.folder)  # the other checkpoint would take these answers
     assert given == answer(load(), task)
-    assert model.brought["overridden"] == {**hidden, "max_new_tokens": 64}
-    assert model.brought["kept"]["eos_token_id"] == [1004, 1002]
+    assert model.checkpoint_generation["overridden"] == {**hidden, "max_new_tokens": 64}
+    assert model.checkpoint_generation["kept"]["eos_token_id"] == [1004, 1002]
 
 
 def test_generation_settings_are_applied_or_said_to_have_no_effect():
