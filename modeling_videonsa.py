@@ -195,6 +195,11 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
             _refuse_paged_cache(cache_of(kwargs))
         if nsa_plan is not None and self.config.nsa_enabled:
             _refuse_foreign_attention(self.config)
+            if kwargs.get("output_attentions", self.config.output_attentions):
+                logger.warning_once(
+                    "output_attentions has nothing to give for a call with images or videos: the "
+                    "sparse attention computes no weights of all pairs of tokens."
+                )
             # The plan stands for the mask, and one of all pairs of tokens would be enormous.
             attention_mask = {"full_attention": None}
             kwargs["nsa_plan"] = nsa_plan

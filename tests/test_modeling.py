@@ -11,6 +11,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     apply_rotary_pos_emb,
 )
+from videonsa import modeling_videonsa as modeling
 from videonsa.nsa_reference import nsa_attention
 from videonsa.packing_videonsa import make_plan
 
@@ -409,6 +410,32 @@ def test_missing_token_types_change_nothing(model, prompts):
     expected = logits(model, inputs)
     del inputs["mm_token_type_ids"]
     assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_outputs_as_a_tuple_are_those_by_name(model, prompts, vision):
+    inputs = prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5) if vision else prompts.row(8))
+    for part in (model, model.model):
+        with torch.no_grad():
+            named = part(**inputs, output_hidden_states=True)
+            plain = part(**inputs, output_hidden_states=True, return_dict=False)
+        assert isinstance(plain, tuple)
+        torch.testing.assert_close(plain[0], named[0], rtol=0, atol=0)
+        assert len(plain) == len(named.to_tuple())
+
+
+def test_attention_weights_are_given_for_text_and_announced_as_missing_with_vision(
+    prompts, monkeypatch
+):
+    model, said = make_model(), []
+    model.set_attn_implementation("eager")
+    monkeypatch.setattr(modeling.logger, "warning_once", said.append)
+    text = model(**prompts.batch(prompts.row(8)), output_attentions=True)
+    assert len(text.attentions) == 2 and not said
+    inputs = prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5))
+    assert not model(**inputs).attentions and not said
+    assert not model(**inputs, output_attentions=True).attentions
+    assert said and "output_attentions" in said[0]
 
 
 # Refusals
