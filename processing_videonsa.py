@@ -13,10 +13,10 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
-from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
-from transformers.image_utils import ChannelDimension, SizeDict
+from transformers import BatchFeature, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
 from transformers.utils import logging
-from transformers.video_utils import VideoMetadata
+from transformers.video_utils import VideoInput, VideoMetadata
 
 from .pixel_stream_videonsa import AHEAD_BYTES, GROUP_BYTES, GROUP_STEPS, PixelStream
 from .planned_video_videonsa import (
@@ -354,7 +354,14 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             part["video"] = video
         return messages, [video.plan for video in videos]
 
-    def __call__(self, images=None, text=None, videos=None, **kwargs):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        videos: VideoInput | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """As Qwen2.5-VL's; `fps` may be a list, a rate for each video, as qwen-vl-utils has it."""
         if videos is not None:
             videos = list_videos(videos)
             rates = kwargs.get("fps")
