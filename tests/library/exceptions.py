@@ -1,0 +1,15 @@
+"""Tests of the library that these classes do not pass though stock Qwen2.5-VL does, and why.
+
+One that passes after all fails the run, so that the list stays true.
+"""
+
+EXCEPTIONS = {
+    # Models.
+    "test_attention_outputs": "a call with vision has no weights of all pairs (README, limits)",
+    "test_retain_grad_hidden_states_attentions": "as above",
+    "test_reverse_loading_mapping": "saved under the names of the state dict, so that runs resume",
+    # Processors.
+    "test_if_input_has_mismatching_tokens_and_mm_data": "an error of its own, with both counts",
+    "test_processor_from_and_save_pretrained": "saving adds auto_map to custom code, loading not",
+    "test_processor_from_and_save_pretrained_as_nested_dict": "as above",
+}
