@@ -6,7 +6,8 @@ Here are the whole layer and the backward of its gates; each branch has a file o
 nsa_kernels_primitives.py holds what they share and its conventions.
 
 Contract: float16, bfloat16 or float32 on a CUDA device; head sizes 16 to 128; softmax and sums in
-          float32. The same inputs give the same bits, forward and backward.
+          float32. The same inputs give the same bits, forward and backward. Lengths that are
+          on the GPU are not read: where they do not fit the tensors, results are undefined.
 Memory: beyond inputs and outputs, for T tokens in 16 bit: three branch outputs (6 H D bytes a
         token), 4 bytes per chosen block three times over, and scratch that does not grow with T
         (2 (D + 2) H S bytes for each of CHUNK_QUERIES queries, 0.3 GB of importance at a time).

@@ -166,3 +166,16 @@ def assert_as_many_means_as_whole_blocks(module, device="cpu"):
         assert means.shape == (4, 2, 16)
         torch.testing.assert_close(means[:2], torch.stack([x[:8].mean(0), x[10:18].mean(0)]))
         assert (means[2:] == 0).all()
+
+
+def assert_a_sample_of_one_token_sees_itself(module, device="cpu"):
+    """Wherever it is in the pack: its block is not complete, so two branches give its own v."""
+    case = Case((1, 9, 1, 1), 4, 2, block_size=8)
+    q, k, v, gates, cu_q, cu_k = packed(case, torch.float32, device=device)
+    o = module.nsa_attention(q, k, v, gates, cu_q, cu_k, **case.sizes)
+    alone = [0, 10, 11]
+    wanted = v.repeat_interleave(2, 1) * gates[..., 1:].sum(-1, keepdim=True)
+    torch.testing.assert_close(o[alone], wanted[alone])
+    positions = torch.zeros(len(q), dtype=torch.int64, device=device)
+    dense = module.dense_attention(q, k, v, positions, cu_q, cu_k)
+    torch.testing.assert_close(dense[alone], v.repeat_interleave(2, 1)[alone])

@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 
 from videonsa import nsa_kernels as kernels
 from videonsa import nsa_kernels_choice as choice
+from videonsa import nsa_kernels_compressed as compressed
 from videonsa import nsa_kernels_dense as dense
 from videonsa import nsa_kernels_primitives as primitives
 from videonsa import nsa_kernels_tiles as tiles
@@ -30,6 +31,7 @@ from numerics import (
     FUNCTIONS,
     WRONG_LENGTHS,
     Case,
+    assert_a_sample_of_one_token_sees_itself,
     assert_as_accurate,
     assert_as_many_means_as_whole_blocks,
     assert_no_queries_give_zero_gradients,
@@ -226,6 +228,22 @@ def test_float16_is_as_accurate_as_eager(monkeypatch):
 def test_small_tiles_are_as_accurate_as_eager(monkeypatch):
     monkeypatch.setattr(primitives, "FLOAT32_TILE", 16)
     check_layer(tiny((33, 9), block_size=32, num_selected=1), torch.float32, monkeypatch)
+
+
+def test_more_means_than_a_step_takes_are_as_accurate_as_eager(monkeypatch):
+    """The steps that need no mask, of queries that see all of a tile's means."""
+    monkeypatch.setattr(primitives, "FLOAT32_TILE", 16)
+    monkeypatch.setattr(compressed, "QUERY_PARTS", 2)
+    check_layer(tiny((180,), 2, 1, cached=126), torch.float32, monkeypatch)
+
+
+def test_a_given_scale_is_that_of_the_scores():
+    """In place of 16 ** -0.5; powers of two, so that the bits are the same."""
+    case = tiny((30,), 2, 1)
+    q, k, v, gates, cu_q, cu_k = packed(case, torch.float32, device=DEVICE)
+    plain = kernels.nsa_attention(2 * q, k, v, gates, cu_q, cu_k, **case.sizes)
+    scaled = kernels.nsa_attention(q, k, v, gates, cu_q, cu_k, **case.sizes, scale=0.5)
+    assert torch.equal(plain, scaled)
 
 
 @gpu
@@ -458,6 +476,10 @@ def test_lengths_on_the_cpu_that_do_not_fit_are_refused(name, kind):
 
 def test_there_are_as_many_means_as_whole_blocks():
     assert_as_many_means_as_whole_blocks(kernels, DEVICE)
+
+
+def test_a_sample_of_one_token_sees_itself():
+    assert_a_sample_of_one_token_sees_itself(kernels, DEVICE)
 
 
 def test_gradients_as_autograd_makes_them():

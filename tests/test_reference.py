@@ -10,6 +10,7 @@ from numerics import (
     FUNCTIONS,
     WRONG_LENGTHS,
     Case,
+    assert_a_sample_of_one_token_sees_itself,
     assert_as_many_means_as_whole_blocks,
     assert_no_queries_give_zero_gradients,
     assert_wrong_lengths_are_refused,
@@ -145,6 +146,14 @@ def test_the_past_does_not_see_the_future(token, heads, kv_heads):
     after = nsa.nsa_attention(*tensors, cu_q, cu_k, **case.sizes)
     assert torch.equal(before[:token], after[:token])
     assert (before[token:] - after[token:]).abs().amax((1, 2)).min() > 0
+
+
+def test_a_given_scale_is_that_of_the_scores():
+    """In place of 16 ** -0.5."""
+    q, k, v, gates, cu_q, cu_k = packed(Case((70,)))
+    plain = nsa.nsa_attention(2 * q, k, v, gates, cu_q, cu_k, **Case((70,)).sizes)
+    scaled = nsa.nsa_attention(q, k, v, gates, cu_q, cu_k, **Case((70,)).sizes, scale=0.5)
+    torch.testing.assert_close(plain, scaled, atol=1e-13, rtol=0)
 
 
 def test_samples_do_not_touch_each_other():
@@ -331,3 +340,7 @@ def test_no_queries_give_zero_gradients(name):
 
 def test_there_are_as_many_means_as_whole_blocks():
     assert_as_many_means_as_whole_blocks(nsa)
+
+
+def test_a_sample_of_one_token_sees_itself():
+    assert_a_sample_of_one_token_sees_itself(nsa)
