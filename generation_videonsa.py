@@ -20,7 +20,7 @@ from transformers import GenerationMixin
 from .library_videonsa import cache_of, create_masks_for_generate
 from .packing_videonsa import valid_tokens
 from .positions_videonsa import positions_of_new_tokens, state_of
-from .prefill_videonsa import MEDIA, PREFILL_CHUNK_SIZE
+from .prefill_videonsa import PIXELS, PREFILL_CHUNK_SIZE, check_media, check_pixels
 
 
 class VideoNSAGenerationMixin(GenerationMixin):
@@ -28,6 +28,7 @@ class VideoNSAGenerationMixin(GenerationMixin):
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs=None, *args, **kwargs):
+        check_pixels(self.config, kwargs)
         input_ids = kwargs.get("input_ids", inputs)
         if (cache := cache_of(kwargs)) is not None and input_ids is not None:
             _drop_cached_media(self.config, input_ids, int(cache.get_seq_length()), kwargs)
@@ -49,6 +50,9 @@ class VideoNSAGenerationMixin(GenerationMixin):
         cache = cache_of(model_kwargs)
         cached = 0 if cache is None else int(cache.get_seq_length())
         new = text.shape[1] - cached
+        if input_ids is not None:
+            input_ids = input_ids[:, -new:]
+            check_media(self.model, {**model_kwargs, "input_ids": input_ids}, first=cached == 0)
         valid = valid_tokens(model_kwargs.get("attention_mask"), text.shape[1])
         media = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
         vision = positions_of_new_tokens(
@@ -56,7 +60,7 @@ class VideoNSAGenerationMixin(GenerationMixin):
             state_of(cache, cached, valid, inputs_tensor),
             new,
             valid,
-            None if input_ids is None else input_ids[:, -new:],
+            input_ids,
             **{name: model_kwargs.get(name) for name in media},
         )
         vision = nn.functional.pad(vision, (cached, 0))
@@ -98,7 +102,7 @@ class VideoNSAGenerationMixin(GenerationMixin):
         elif cache_of(model_kwargs) is not None and not (
             generation_config.output_hidden_states or generation_config.output_attentions
         ):
-            if any(model_kwargs.get(pixels) is not None for pixels in MEDIA.values()):
+            if any(model_kwargs.get(pixels) is not None for pixels in PIXELS.values()):
                 size = PREFILL_CHUNK_SIZE
         if size is not None:
             model_kwargs = {**model_kwargs, "nsa_chunk_size": size}
@@ -110,7 +114,7 @@ def _drop_cached_media(config, input_ids, cached, kwargs):
     mask = kwargs.get("attention_mask")
     if not cached or (mask is not None and mask.shape[1] != input_ids.shape[1]):
         return  # nothing is cached, or only the new tokens were passed
-    for modality, pixels in MEDIA.items():
+    for modality, pixels in PIXELS.items():
         grid = kwargs.get(f"{modality}_grid_thw")
         if grid is None or kwargs.get(pixels) is None:
             continue
@@ -137,7 +141,7 @@ def _drop_cached_media(config, input_ids, cached, kwargs):
 
 def _keep_media(kwargs, modality, keep, patches):
     """Drop the images or videos that bool `keep` does not mark; `patches` are their sizes."""
-    pixels, grid = MEDIA[modality], f"{modality}_grid_thw"
+    pixels, grid = PIXELS[modality], f"{modality}_grid_thw"
     if not keep.any():
         del kwargs[pixels], kwargs[grid]
         return

@@ -35,7 +35,14 @@ from .library_videonsa import cache_of, map_published_keys, order_offloaded_laye
 from .nsa_reference import gate_weights
 from .packing_videonsa import NSAPlan, make_plan, mask_of_chunk, packed_samples, valid_tokens
 from .positions_videonsa import positions_of_new_tokens, rope_index, state_in, state_of
-from .prefill_videonsa import MEDIA, has_media, placeholders_of, put_features, take_media
+from .prefill_videonsa import (
+    PIXELS,
+    check_media,
+    has_media,
+    placeholders_of,
+    put_features,
+    take_media,
+)
 from .vision_videonsa import VideoNSAVisionTower
 
 logger = logging.get_logger(__name__)
@@ -249,12 +256,21 @@ class VideoNSAModel(Qwen2_5_VLModel):
             this many tokens, onto the cache, so that memory does not grow with the prompt. The
             result is that of one pass; the hidden states returned are the last chunk's.
         """
+        call = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "image_grid_thw": image_grid_thw,
+            "video_grid_thw": video_grid_thw,
+            **kwargs,
+        }
         cache = cache_of(kwargs)
         tokens = inputs_embeds if input_ids is None else input_ids
         new = tokens.shape[1]
         cached = _cached_length(cache, new)
+        check_media(self, call, first=isinstance(cached, int) and cached == 0)
         state = state_in(cache, cached)  # None as long as there was only text
-        vision = self._vision_tokens(input_ids, inputs_embeds, mm_token_type_ids, kwargs)
+        vision = self._vision_tokens(mm_token_type_ids, call)
         valid = None
         if vision is not None or (state is not None and position_ids is None):
             cached = int(cached)
@@ -278,22 +294,14 @@ class VideoNSAModel(Qwen2_5_VLModel):
                 # Before the cache is filled: an interrupted call leaves a part of it, which counts.
                 cache.nsa_state = state
 
-        call = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "image_grid_thw": image_grid_thw,
-            "video_grid_thw": video_grid_thw,
-            **kwargs,
-        }
+        call["position_ids"] = position_ids
         if nsa_chunk_size is not None and new > nsa_chunk_size:
             seen = None if vision is None else state.vision
             return self._forward_in_chunks(nsa_chunk_size, int(cached), seen, valid, **call)
         if vision is not None:
             sample = packed_samples(attention_mask, position_ids) if cache is None else None
             call["nsa_plan"] = make_plan(state.vision, new, valid, sample)
-        for pixels in MEDIA.values():
+        for pixels in PIXELS.values():
             if call.get(pixels) is not None and not torch.is_tensor(call[pixels]):
                 call[pixels] = call[pixels][:].to(tokens.device)
         outputs = super().forward(return_dict=True, **call)
@@ -338,13 +346,14 @@ class VideoNSAModel(Qwen2_5_VLModel):
             )
         return outputs
 
-    def _vision_tokens(self, input_ids, inputs_embeds, mm_token_type_ids, kwargs):
+    def _vision_tokens(self, mm_token_type_ids, call):
         """bool [B, S]: the placeholders of the modalities in nsa_modalities; None without any.
 
         A call without images, videos or their features holds none, whatever its ids: a generated
         or guessed placeholder is text.
         """
-        given = has_media(kwargs)
+        input_ids, inputs_embeds = call["input_ids"], call["inputs_embeds"]
+        given = has_media(call)
         if not given and (inputs_embeds is None or inputs_embeds.shape[1] == 1):
             return None
         if input_ids is None and mm_token_type_ids is not None:

@@ -117,7 +117,15 @@ def rope_index(
         config.image_token_id: _rows(image_grid_thw),
         config.video_token_id: _rows(video_grid_thw),
     }
-    seconds = iter([] if second_per_grid_ts is None else second_per_grid_ts)
+    videos = 0 if video_grid_thw is None else len(video_grid_thw)
+    if second_per_grid_ts is None:
+        second_per_grid_ts = [1.0] * videos  # as stock takes it
+    if len(second_per_grid_ts) != videos and videos:
+        raise ValueError(
+            f"second_per_grid_ts has {len(second_per_grid_ts)} numbers for the {videos} videos of "
+            "video_grid_thw; wanted the seconds of a temporal step for each of them."
+        )
+    seconds = iter(second_per_grid_ts)
     positions = torch.zeros(3, *input_ids.shape, dtype=torch.long, device=input_ids.device)
     deltas = []
     for row, ids in enumerate(input_ids):
@@ -153,9 +161,15 @@ def _spans(config, ids, grids, seconds):
                         "as the processor returns them with input_ids."
                     )
                 is_video = kind == config.video_token_id
-                span = _medium_positions(config, grid, next(seconds, 1.0) if is_video else None)
+                span = _medium_positions(config, grid, next(seconds) if is_video else None)
             else:
                 span = torch.arange(count)[None].expand(3, -1)
+            if span.shape[1] > count:
+                raise ValueError(
+                    f"input_ids hold {count} tokens with id {kind} where an image or video of the "
+                    f"grid {grid} stands, which has {span.shape[1]}. Pass input_ids and the grids "
+                    "of all images and videos in them as the processor returned them together."
+                )
             span = span.to(ids.device)
             spans.append(span + start)
             start += int(span.max()) + 1

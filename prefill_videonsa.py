@@ -7,7 +7,13 @@ in chunks of tokens and puts in their features with `put_features`.
 
 import torch
 
-MEDIA = {"image": "pixel_values", "video": "pixel_values_videos"}
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+_HOW_TO_CALL = (
+    "Pass pixels, grids and input_ids as the processor returned them together. With a cache, "
+    "generate takes the media of the whole conversation or of the new turn, and forward those of "
+    "the new tokens alone."
+)
 
 # Tokens of a longer prompt with images or videos that `generate` reads at a time.
 PREFILL_CHUNK_SIZE = 16384
@@ -16,7 +22,7 @@ PREFILL_CHUNK_SIZE = 16384
 def has_media(kwargs: dict) -> bool:
     """Whether a call brings images or videos, as pixels or as features that are encoded already."""
     encoded = kwargs.get("mm_encoder_outputs") or {}
-    given = [kwargs.get(pixels) for pixels in MEDIA.values()] + list(encoded.values())
+    given = [kwargs.get(pixels) for pixels in PIXELS.values()] + list(encoded.values())
     return any(x is not None for x in given)
 
 
@@ -28,9 +34,73 @@ def placeholders_of(
     Without ids they are the embeddings of the placeholders, as in stock Qwen2.5-VL.
     """
     if input_ids is not None:
-        return {kind: input_ids == getattr(model.config, f"{kind}_token_id") for kind in MEDIA}
+        return {kind: input_ids == getattr(model.config, f"{kind}_token_id") for kind in PIXELS}
     masks = model.get_placeholder_mask(None, inputs_embeds=inputs_embeds)
-    return {kind: mask.squeeze(-1) for kind, mask in zip(MEDIA, masks, strict=True)}
+    return {kind: mask.squeeze(-1) for kind, mask in zip(PIXELS, masks, strict=True)}
+
+
+def check_pixels(config, call: dict) -> None:
+    """Raise ValueError unless the pixels and grids among a call's arguments fit each other.
+
+    Pixels are [patches, pixels of a patch], grids int64 [media, 3], patches over time, height and
+    width; the patches of all images, or of all videos, follow each other.
+    """
+    vision = config.vision_config
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    for modality, name in PIXELS.items():
+        pixels, grid = call.get(name), call.get(f"{modality}_grid_thw")
+        if pixels is None:
+            continue
+        if grid is None:
+            raise ValueError(f"{name} came without {modality}_grid_thw. {_HOW_TO_CALL}")
+        if not torch.is_tensor(grid) or grid.ndim != 2 or grid.shape[1] != 3:
+            raise ValueError(
+                f"{modality}_grid_thw is {_shape(grid)}; wanted a tensor [{modality}s, 3] of "
+                f"patches over time, height and width. {_HOW_TO_CALL}"
+            )
+        grid = grid.cpu()
+        odd = (grid < 1).any(1) | (grid[:, 1:] % vision.spatial_merge_size).any(1)
+        if odd.any():
+            raise ValueError(
+                f"{modality}_grid_thw holds {grid[odd][0].tolist()}; wanted at least one temporal "
+                f"step, and a height and width in multiples of {vision.spatial_merge_size} patches."
+                f" {_HOW_TO_CALL}"
+            )
+        wanted = [int(grid.prod(-1).sum()), width]
+        if _shape(pixels) != wanted:
+            raise ValueError(
+                f"{name} is {_shape(pixels)}, but {modality}_grid_thw ({len(grid)} {modality}s) "
+                f"stands for {wanted}: {wanted[0]} patches of {width} numbers. {_HOW_TO_CALL}"
+            )
+
+
+def _shape(x):
+    return list(x.shape) if hasattr(x, "shape") else type(x).__name__
+
+
+def check_media(model, call: dict, first: bool) -> None:
+    """Raise ValueError unless a call's images and videos fit their placeholders in its tokens.
+
+    first: the cache is empty. A later call may bring the grids of a conversation without pixels.
+    """
+    check_pixels(model.config, call)
+    encoded = call.get("mm_encoder_outputs") or {}
+    grids = {kind: call.get(f"{kind}_grid_thw") for kind in PIXELS if encoded.get(kind) is None}
+    grids = {kind: grid for kind, grid in grids.items() if grid is not None}
+    if not (has_media(call) or (first and grids)):
+        return
+    placeholders = placeholders_of(model, call.get("input_ids"), call.get("inputs_embeds"))
+    for kind, grid in grids.items():
+        found = int(placeholders[kind].sum())
+        tokens = int(grid.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
+        if call.get(PIXELS[kind]) is None:
+            if first and found:
+                raise ValueError(f"{kind}_grid_thw came without {PIXELS[kind]}. {_HOW_TO_CALL}")
+        elif found != tokens:
+            raise ValueError(
+                f"the {len(grid)} {kind}s given have {tokens} tokens, but the new tokens hold "
+                f"{found} placeholders of {kind}s. {_HOW_TO_CALL}"
+            )
 
 
 class MediaFeatures:
@@ -75,15 +145,15 @@ def take_media(
 ) -> list[tuple[torch.Tensor, torch.Tensor | MediaFeatures]]:
     """Pairs of placeholders, bool [B, S], and their features, [tokens, hidden] by slices.
 
-    Takes what describes the images and videos out of kwargs. Raises ValueError where they are
-    more or fewer than their placeholders.
+    Takes what describes the images and videos out of kwargs. Raises ValueError where features that
+    were encoded before are more or fewer than their placeholders.
     """
     encoded = kwargs.pop("mm_encoder_outputs", None) or {}
     encode = {"image": model.get_image_features, "video": model.get_video_features}
     placeholders = placeholders_of(model, input_ids, inputs_embeds)
     device = (inputs_embeds if input_ids is None else input_ids).device
     media = []
-    for modality, pixels in MEDIA.items():
+    for modality, pixels in PIXELS.items():
         pixels, grid = kwargs.pop(pixels, None), kwargs.pop(f"{modality}_grid_thw", None)
         if encoded.get(modality) is not None:
             features = torch.cat(encoded[modality].pooler_output)

@@ -218,6 +218,11 @@ class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
         [tokens, out_hidden_size], in processor order.
         """
         grid = grid_thw.cpu()
+        if len(hidden_states) != (patches := int(grid.prod(-1).sum())):
+            raise ValueError(
+                f"the vision tower got {len(hidden_states)} patches, but grid_thw stands for "
+                f"{patches}. Pass the grids of exactly these patches."
+            )
         unit = self.spatial_merge_unit
         positions = get_vision_position_ids(grid, self.spatial_merge_size, kwargs=kwargs).cpu()
         frames = get_vision_cu_seqlens(grid, kwargs=kwargs).cpu().long()

@@ -508,6 +508,85 @@ def test_media_that_fit_neither_part_are_refused(model, prompts):
         model.generate(**inputs, **as_input(cache), **GREEDY)
 
 
+PIXELS, GRID, SECONDS = "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"
+FAULTS = {
+    "rows too many": (
+        lambda x: {PIXELS: torch.cat([torch.zeros_like(x[PIXELS]), x[PIXELS]])},
+        r"is \[96, 1176\], but video_grid_thw \(1 videos\) stands for \[48, 1176\]",
+    ),
+    "rows too few": (
+        lambda x: {PIXELS: x[PIXELS][:-4]},
+        r"is \[44, 1176\], but video_grid_thw \(1 videos\) stands for \[48, 1176\]",
+    ),
+    "rows of another width": (lambda x: {PIXELS: x[PIXELS][:, :588]}, r"is \[48, 588\], but"),
+    "a batch of rows": (lambda x: {PIXELS: x[PIXELS][None]}, r"is \[1, 48, 1176\], but"),
+    "a list": (lambda x: {PIXELS: x[PIXELS].tolist()}, "is list, but"),
+    "a larger grid": (
+        lambda x: {GRID: 2 * x[GRID], PIXELS: x[PIXELS].repeat(8, 1)},
+        "1 videos given have 96 tokens.* hold 12 plac|videos given have 96 tokens.* and 12 after",
+    ),
+    "a smaller grid": (
+        lambda x: {GRID: x[GRID] - torch.tensor([1, 0, 0]), PIXELS: x[PIXELS][:32]},
+        "1 videos given have 8 tokens.* hold 12 plac|videos given have 8 tokens.* and 12 after",
+    ),
+    "a video too many": (
+        lambda x: {GRID: x[GRID].repeat(2, 1), PIXELS: x[PIXELS].repeat(2, 1)},
+        "2 videos given have 24 tokens.* hold 12 plac|videos given have 24 tokens.* and 12 after",
+    ),
+    "a flat grid": (lambda x: {GRID: x[GRID][0]}, r"video_grid_thw is \[3\]; wanted a tensor"),
+    "an odd grid": (lambda x: {GRID: x[GRID] + torch.tensor([0, 1, 0])}, "multiples of 2 patches"),
+    "no grid": (lambda x: {GRID: None}, "pixel_values_videos came without video_grid_thw"),
+    "seconds too many": (lambda x: {SECONDS: [1.0, 2.0]}, "has 2 numbers for the 1 videos"),
+}
+
+
+class Stream:
+    """What a `PixelStream` is to the model: rows by slices, and a shape."""
+
+    def __init__(self, pixels):
+        self.pixels, self.shape = pixels, pixels.shape
+
+    def __getitem__(self, rows):
+        return self.pixels[rows]
+
+
+@pytest.mark.parametrize("via", ["forward", "generate", "chunks", "stream", "turn", "new turn"])
+@pytest.mark.parametrize(("change", "message"), FAULTS.values(), ids=list(FAULTS))
+def test_pixels_that_do_not_fit_are_refused(model, prompts, change, message, via):
+    """Whichever way they come: with both numbers, and before anything is put into the cache."""
+    row = prompts.row(3, ("video", 3, 2, 2), 4)
+    inputs, cache = prompts.batch(row), DynamicCache(config=model.config.text_config)
+    if via in ("turn", "new turn"):
+        first = prompts.row(5)
+        with torch.no_grad():
+            model(**prompts.batch(first), **as_input(cache))
+        new = inputs
+        inputs = prompts.batch((first[0] + row[0], row[1]))
+        if via == "new turn":
+            inputs |= {"input_ids": new["input_ids"]}
+            del inputs["mm_token_type_ids"]
+    cached = cache.get_seq_length()
+    inputs |= change(inputs)
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+    if via == "stream" and torch.is_tensor(inputs[PIXELS]):
+        inputs[PIXELS] = Stream(inputs[PIXELS])
+    with pytest.raises(ValueError, match=message):
+        if via == "forward":
+            model(**inputs, **as_input(cache))
+        else:
+            size = 7 if via in ("chunks", "stream") else None
+            model.generate(**inputs, **GREEDY, **as_input(cache), prefill_chunk_size=size)
+    assert cache.get_seq_length() == cached and getattr(cache, "nsa_state", None) is None
+
+
+def test_a_grid_without_pixels_is_refused(model, prompts):
+    inputs = prompts.batch(prompts.row(3, ("video", 3, 2, 2), 4))
+    del inputs[PIXELS]
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="video_grid_thw came without pixel_values_videos"):
+            call(**inputs)
+
+
 def test_chunks_without_a_cache_are_refused(model, prompts, rows):
     with pytest.raises(ValueError, match="without a cache"):
         model.generate(**prompts.batch(rows[1]), **GREEDY, prefill_chunk_size=4, use_cache=False)

@@ -364,6 +364,7 @@ def test_a_forward_after_generate_does_not_remember_it(prompts):
     rows = [prompts.row(2, ("video", n + 2, 2, 2), 3) for n in range(4)]
     used, fresh = make_model(), make_model()
     used.generate(**prompts.batch(*rows), max_new_tokens=3, do_sample=False)
+    assert used.model.rope_deltas is None  # where stock keeps it
     text, vision = prompts.batch(prompts.row(7), prompts.row(5)), prompts.batch(*rows[1:3])
     for inputs in (vision, text):
         outputs = [m(**inputs, labels=inputs["input_ids"]) for m in (used, fresh)]
