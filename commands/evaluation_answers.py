@@ -3,54 +3,207 @@
     read_answer("Before the door closes, so C.", {"A": "a cat", "B": "a dog", "C": "a cow"})  # "C"
 
 A benchmark's own reader makes its own score; this one reads every benchmark alike, says when it
-cannot read an answer, and never guesses.
+cannot read an answer, and never guesses. Every letter is read by the same rules: a letter is only
+taken for an option where the words on both sides of it fit one, so that "A man" is none.
 """
 
 import ast
 import re
+import unicodedata
+from typing import NamedTuple
 
-# What leads to the letter that is meant: "the right choice is (B)", "Answer: C", "so C".
-_CUE = (
-    r"(?:answer|option|choice|choose|select|pick|so|therefore|thus|hence)\b[\s,:=]*"
-    r"(?:(?:is|would be|should be|must be|option|choice|answer|letter)\b[\s,:=]*)*"
+
+def _any(*phrases):
+    """A pattern for one of the phrases; each string holds several, at its commas."""
+    listed = [phrase.strip() for one in phrases for phrase in one.split(",")]
+    return "(?:" + "|".join(sorted(listed, key=len, reverse=True)) + ")"
+
+
+# One letter, with brackets or without: no part of a word, a name or an abbreviation.
+_ONE = r"(?:option\s+|choice\s+)?[(\[]?(?<![A-Za-z0-9'.&-])([A-Z])(?![A-Za-z0-9'&]|-\w|\.\w)[)\]]?"
+_SINGLE = re.compile(_ONE)
+# Letters that are named together: "A or B", "A, B and C", "A/B", "A. Or maybe B".
+_JOIN = (
+    r"(?:\s*[,/&+]\s*|\s*,?\s+(?:and/or|and|or|nor)\s+|\s*\.\s+Or\s+|\s*[和或、]\s*|\s+(?![(\[]))"
+    rf"(?:{_any('maybe, perhaps, possibly, else, even, also')}\s+)?"
 )
-# A letter by itself; "A" and "I" before a small word are words of a sentence, unless it is a verb.
-_WORD = r"\s+(?!(?:is|seems|looks|because|since)\b)[a-z]"
-_LETTER = rf"\(?(?<![A-Za-z0-9'])(?<!not )([B-HJ-Z]|[AI](?!{_WORD}))(?![A-Za-z0-9'])\)?"
+_LETTERS = re.compile(f"{_ONE}(?:(?i:{_JOIN}){_ONE})*")
+
+# What may stand beside a letter that names an option: an edge, a mark, writing without spaces, or
+# one of these words. It is what tells the option A from the article.
+_OTHER = r"[^\x00-\x7f]"
+_BEFORE = re.compile(
+    rf"(?:^|\n|[^\w\s]|{_OTHER}|\b"
+    + _any(
+        "is, be, are, not, nor, and, or, but, than, of, with, for, to, like, say, says, think",
+        "guess, believe, that, between, both, either, neither, answer, option, choice, letter",
+        "choose, chose, chosen, select, pick, picked, so, therefore, thus, hence, it, its, as, in",
+        r"out, eliminate, exclude, leaving, leaves, maybe, perhaps, \w+ly, \w+'s",
+    )
+    + r")\s*$",
+    re.IGNORECASE,
+)
+_AFTER = re.compile(
+    rf"\s*(?:$|[^\w\s]|{_OTHER}|\n)|\s+"
+    + _any(
+        "is, isn, isnt, are, aren, arent, was, were, does, doesn, do, can, cannot, could, would",
+        "must, seems?, looks, appears, matches, fits, describes, shows, as, and, or, nor, but, not",
+        "because, since, rather, instead, than, over, according, based, given, due, for, from, in",
+        "on, at, to, with, which, where, while, if",
+    )
+    + r"(?![\w-])"
+)
+
+# What denies an option, before it ("I don't think that the answer is A") or after it.
+_BRIDGE = _any(
+    "think, believe, say, choose, pick, select, call, that, it, it'?s, is, are, was, be, to, the",
+    "(?-i:an?), correct, right, best, answer, option, choice, letter, would, could, either, longer",
+    "really, simply, just, only",
+)
+_NEGATED = re.compile(
+    r"(?:\b"
+    + _any(
+        "not, cannot, never, unlikely, neither, nor, rather than, instead of, except, except for",
+        "other than, unlike, no longer, all but, anything but, everything but, any but, wrong",
+        "rul(?:e[sd]?|ing) out, eliminat(?:e[sd]?|ing), exclud(?:e[sd]?|ing), reject(?:s|ed|ing)?",
+    )
+    + rf"\b|n'?\s?t\b)(?:\s+{_BRIDGE}\b|\s*[:,(\[])*\s*$|(?:不是|不选|而非|排除)\s*$",
+    re.IGNORECASE,
+)
+_REJECTED = re.compile(
+    r"\s*(?:\([^)]*\))?(?:\s*,)?\s*(?:"
+    rf"{_any('is, was, does, do, did, has, have, are, were, can, could, would, must')}"
+    r"(?:n'?t|'t|not|\s(?:\w+ly\s)?not|\s?n\s?t|\st)\b"
+    rf"|(?:[:-]\s*|{_any('is, are, was, were, seems?, looks?, must be, can be')}\s+)(?:\w+ly\s+)?"
+    + _any("wrong, incorrect, false, ruled out, eliminated, excluded, impossible, unlikely, out")
+    + r"\b|[:-]\s*(?:not|no)\b)",
+    re.IGNORECASE,
+)
+_ONE_OF_THEM = re.compile(r"\s*(?:\([^)]*\))?(?:\s*,)?\s*(?:is|was|does|has|seems|looks)", re.I)
+# What is not said but asked or supposed: "Is it A?", "if the answer is A".
+_SUPPOSED = re.compile(
+    rf"\b{_any('if, whether, unless, suppose, supposing, assuming')}\b[^.,?!\n]{{0,40}}$", re.I
+)
+
+# What leads to the option that is meant, "the right choice is", "Answer:", "so", or confirms it.
+_CUE = (
+    r"\b(?:answer(?:'?s)?|(?:option|choice|letter)(?=\s*(?:is\b|:|=|would|should|must))|"
+    + _any(
+        r"choose, chose, select, pick, go(?:ing)? with, conclude, say, so, therefore, thus, hence",
+        "it must be, it has to be, it would be, it'?s, it is, that'?s",
+    )
+    + r")\b[\s,:=>-]*(?:"
+    + _any(
+        "is, are, be, would, should, must, has to, to, option, choice, answer, letter, that, it",
+        "definitely, clearly, certainly, probably, most, likely, therefore, thus, indeed, still",
+    )
+    + r"\b[\s,:=>-]*)*"
+)
+_LED = re.compile(rf"(?:{_CUE}|(?:答案|选项?|选择|应选)\s*(?:是|为|:)?\s*)$", re.IGNORECASE)
+_CONFIRMED = re.compile(
+    r"\s*(?:\([^)]*\)\s*)?,?\s*"
+    rf"{_any('is, are, looks, seems, appears, must be, would be')}\s+(?:to be\s+)?"
+    r"(?:\w+ly\s+)?(?:the\s+)?(?:(?:most|only|\w+ly)\s+)*"
+    rf"{_any('correct, right, best, true, answer, accurate, likely, closest, one')}\b",
+    re.IGNORECASE,
+)
 
 
-def read_answer(text, options):
-    """The letter that `text` means, or None.
+class _Mention(NamedTuple):
+    """Letters that are named together, not denied: where they end, and how they are named."""
+
+    letters: frozenset
+    start: int
+    end: int
+    led: bool  # by what says that the answer follows, or is here
+    marked: bool  # as a list marks its items: "A." or "(A)"
+
+
+def read_answer(text: str, options: dict[str, str]) -> str | None:
+    """The letter that `text` means, or None where it means none or several.
 
     options: letter to words ({} as words where only letters are known). A letter that is not on
-    offer is no answer. An answer may be the words of an option instead of its letter.
+    offer is no answer. An answer may be the words of an option instead of its letter. Of several
+    conclusions the last one counts; what is denied, asked, supposed or only thought of does not.
     """
-    text = re.sub(r"[*_`\"“”‘’]", "", text).strip().strip("'")
+    text = _clean(text)
     words = {letter: plain(option) for letter, option in options.items() if option}
     said = plain(text)
     for letter, option in words.items():
         if said == option:
             return letter
+    alone = r"[(\[{<]?\s*(?:option |choice )?([A-Za-z])\s*[])}>.:,!?]*"
+    if match := re.fullmatch(alone, text, re.IGNORECASE):
+        letters = {match[1].upper()}
+    else:
+        letters = _meant(text, words, set(options))
+    letter = letters.pop() if len(letters) == 1 else None
+    return letter if letter in options else None
 
-    letter = None
-    if match := re.fullmatch(r"\(?([A-Za-z])[.):,]*", text):
-        letter = match[1].upper()
-    elif cued := re.findall(f"(?i:{_CUE}){_LETTER}", text):
-        letter = cued[-1]
-    elif match := re.match(r"\(?([A-Z])(?:[.):,]+|\s*\n)(?=\s|$)", text):
-        letter = match[1]
-    elif bracketed := set(re.findall(r"\(([A-Z])\)", text)) & set(options):
-        letter = bracketed.pop() if len(bracketed) == 1 else None
-    if letter is not None:
-        return letter if letter in options else None
 
+def _clean(text):
+    """The answer alone: no thoughts, tags, mark-up or quotes, letters in ASCII and in capitals."""
+    text = unicodedata.normalize("NFKC", text).replace("’", "'")
+    thought = r"(?:think\w*|thought|reason\w*|reflect\w*|scratchpad)"
+    text = re.sub(rf"(?is)<({thought})>.*?(</\1>|$)", " ", text)
+    text = re.split(rf"(?i)</{thought}>", text)[-1]  # some templates open it in the prompt
+    if answers := re.findall(r"(?is)<answer>(.*?)(?=</answer>|<answer>|$)", text):
+        text = answers[-1]
+    if boxed := re.findall(r"\\boxed\{\s*(?:\\text\w*\{)?([^{}]*)\}", text):
+        text = f"answer: {boxed[-1]}"
+    text = re.sub(r"<[^<>]{2,}>|[$\\]", " ", text)
+    text = re.sub(r"[*_`\"“”‘]", "", text).strip().strip("'")
+    text = re.sub(r"(?<!\w)'(\w)'(?!\w)", r"\1", text)
+
+    def capital(match):
+        return match[0][:-1] + match[0][-1].upper()
+
+    text = re.sub(r"(?<![\w)])[(\[][a-z](?=[)\]])", capital, text)
+    named = r"(?i:\b(?:answer|option|choice|letter)\b[\s:=]*(?:is\b[\s:]*)?)\b[a-z]"
+    return re.sub(rf"{named}(?=\s*(?:[.,;:)!?\n]|$))", capital, text)
+
+
+def _meant(text, words, offered):
+    """The letters that a cleaned text means."""
+    mentions = _mentions(text)
+    if led := [one for one in mentions if one.led]:
+        return set(led[-1].letters)
+    marked = set().union(*(one.letters for one in mentions if one.marked))
+    if mentions and re.match(r"[.:,)]|\s*(\n|$)", text[mentions[0].end :]):
+        if mentions[0].start == 0:  # "B. a red car", but not a list of the options
+            return marked | mentions[0].letters
+    if bracketed := {one for one in marked if f"({one})" in text} & offered:
+        return bracketed
     # What follows the last "answer is", if anything does, before the whole text.
     tail = re.split(f"(?i){_CUE}", text)[-1]
     for part in (tail, text):
         if len(named := _named(plain(part), words)) == 1:
-            return named.pop()
-    alone = {found for found in re.findall(_LETTER, text) if found in options}
-    return alone.pop() if len(alone) == 1 else None
+            return named
+    return set().union(*(one.letters for one in mentions)) & offered
+
+
+def _mentions(text):
+    """The `_Mention`s of a text, in order."""
+    found = []
+    for group in _LETTERS.finditer(text):
+        before, after = text[max(group.start() - 200, 0) : group.start()], text[group.end() :]
+        singles = list(_SINGLE.finditer(text, group.start(), group.end()))
+        if group[0][-1] not in ")]" and not _AFTER.match(after):
+            singles.pop()
+        marked = group[0][-1] in ")]" or bool(re.match(r"[.:]\s", after))
+        if not singles or not (marked or _BEFORE.search(before)):
+            continue
+        letters = [one[1] for one in singles]
+        if _REJECTED.match(after):
+            # "A and B is wrong" says it of B alone.
+            last = " and " in group[0] and _ONE_OF_THEM.match(after)
+            letters = letters[:-1] if last else []
+        supposed = re.match(r"\s*\?", after) or _SUPPOSED.search(before)
+        if not letters or supposed or _NEGATED.search(before):
+            continue
+        led = bool(_LED.search(before) or _CONFIRMED.match(after))
+        found.append(_Mention(frozenset(letters), group.start(), group.end(), led, marked))
+    return found
 
 
 def options_of(prompt):
@@ -88,11 +241,13 @@ def plain(words):
 
 
 def _named(text, words):
-    """Letters of the options whose words stand in `text`, not inside those of a longer option."""
-    found = {}
+    """Letters of the options whose words `text` has, not in those of a longer one, not denied."""
+    found = set()
     for letter, option in sorted(words.items(), key=lambda item: -len(item[1])):
         match = option and re.search(rf"(?<!\w)(?<!\d\.){re.escape(option)}(?!\w|\.\d)", text)
         if match:
-            text = text[: match.start()] + " \n " + text[match.end() :]
-            found[letter] = match
-    return set(found)
+            before, after = text[: match.start()], text[match.end() :]
+            text = before + " \n " + after
+            if not (_NEGATED.search(before) or _REJECTED.match(after)):
+                found.add(letter)
+    return found
