@@ -13,13 +13,14 @@ from transformers import (
     Qwen2_5_VLTextConfig,
 )
 from transformers.models.auto import modeling_auto
+from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 from videonsa.configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration, VideoNSAModel
 
-from suites import AgainstStock, GenerationTesterMixin
+from suites import AgainstStock
 from tiny import Prompts, config_fields
 
 # Where the suites look up which class does what.

@@ -7,49 +7,9 @@ one. A suite is a mixin of the library; a class here binds one to a class of our
 
 import contextlib
 import functools
-import sys
-import tempfile
-import types
 import unittest
-from pathlib import Path
 
-from PIL import Image
-
-from clips import frame_image, write_clip
 from exceptions import EXCEPTIONS
-
-
-def stand_in(name, **content):
-    """A module that the suites import and the package leaves out."""
-    module = types.ModuleType(name)
-    vars(module).update(content)
-    sys.modules[name] = module
-
-
-class ExportTesterMixin:
-    """Of exporting, which is not in the package."""
-
-
-class GenerationTesterMixin:
-    """Of generation, which is not in the package."""
-
-
-@functools.cache
-def local_path(address):
-    """A picture or a clip of our own in place of one that the suites have on the Hub."""
-    name = address.rsplit("/", 1)[-1]
-    path = Path(tempfile.mkdtemp()) / name
-    if name.endswith((".png", ".jpg")):
-        Image.fromarray(frame_image(1, 120, 160)).save(path)
-    elif name.endswith(".mp4"):
-        write_clip(path, 11, rate=25)
-    return str(path)
-
-
-stand_in("transformers_tests.exporters.test_export", ExportTesterMixin=ExportTesterMixin)
-stand_in("transformers_tests.generation.test_utils", GenerationTesterMixin=GenerationTesterMixin)
-stand_in("transformers_tests.utils.test_configuration_utils", config_common_kwargs={})
-stand_in("fetch_hub_objects_for_ci", url_to_local_path=local_path)
 
 
 class AgainstStock:
