@@ -13,6 +13,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# Of one picture or frame before it is resized; where Pillow, too, refuses a picture.
+MAX_FRAME_PIXELS = 2 * 89_478_485
+
 
 @dataclass(frozen=True)
 class VideoPlan:
@@ -52,6 +55,18 @@ class VideoPlan:
         if self.size_reason:
             size += f" ({self.size_reason})"
         return f"{seconds} s{rate} = {frames}, {size}, {self.tokens:,} tokens"
+
+
+def check_frame_size(height: int, width: int, name: str):
+    """Raises ValueError for a picture that would take too much memory to decode.
+
+    To be called with what the header says: a file of 100 KB may hold 30,000 x 30,000 pixels.
+    """
+    if height * width > MAX_FRAME_PIXELS:
+        raise ValueError(
+            f"{name} has {height:,}x{width:,} pixels, more than the {MAX_FRAME_PIXELS:,} that are "
+            "decoded: scale it down first."
+        )
 
 
 def fit_size(

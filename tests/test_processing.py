@@ -13,7 +13,12 @@ from qwen_vl_utils import process_vision_info
 from transformers import AutoProcessor, AutoVideoProcessor, Qwen2_5_VLProcessor
 from transformers.utils import logging
 from videonsa.processing_videonsa import VideoNSAProcessor, VideoNSAVideoProcessor
-from videonsa.video_plan_videonsa import VideoPlan, plan_video
+from videonsa.video_plan_videonsa import (
+    MAX_FRAME_PIXELS,
+    VideoPlan,
+    check_frame_size,
+    plan_video,
+)
 
 import clips
 from paths import ROOT
@@ -83,6 +88,12 @@ def test_plans(case):
     plan = plan_video(*video, **settings)
     assert (plan.frames, plan.height, plan.width, plan.tokens, plan.frames_reason) == expected
     assert plan.tokens == -(-plan.frames // 2) * plan.height * plan.width // 784
+
+
+def test_pictures_too_large_to_decode_are_refused():
+    check_frame_size(2, MAX_FRAME_PIXELS // 2, "large.png")
+    with pytest.raises(ValueError, match=r"bomb.png has 30,000x30,000 pixels, more than the 178,9"):
+        check_frame_size(30000, 30000, "bomb.png")
 
 
 def test_a_plan_says_what_it_chose_and_why():
