@@ -9,12 +9,14 @@ from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.nsa_kernels_tiles import ALL_HOT_UP_TO, CHUNK_QUERIES
 from videonsa.prefill_videonsa import PREFILL_CHUNK_SIZE
+from videonsa.vision_videonsa import PATCHES_PER_CHUNK
 
 from commands.forecast import (
     GIB,
     KERNEL_FROM,
     KERNEL_QUERIES,
     PREFILL_CHUNK_TOKENS,
+    VISION_CHUNK_TOKENS,
     cache_bytes,
     count_parameters,
     forecast,
@@ -61,6 +63,7 @@ def test_chunks_are_those_of_the_model():
     """The forecast keeps copies, because it takes a configuration and loads no model."""
     assert PREFILL_CHUNK_TOKENS == PREFILL_CHUNK_SIZE
     assert (KERNEL_FROM, KERNEL_QUERIES) == (ALL_HOT_UP_TO, CHUNK_QUERIES)
+    assert VISION_CHUNK_TOKENS * 2**2 == PATCHES_PER_CHUNK  # merged 2 x 2
 
 
 def test_the_cache_is_counted_exactly():
