@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -83,6 +85,19 @@ def test_converter_and_publisher_send_the_same(source, converted, sent):
 
 def test_the_root_carries_what_a_converted_one_does(converted):
     assert set(listed_files(ROOT)) - PICTURES == set(listed_files(converted))
+
+
+@pytest.mark.parametrize("ways", [[], ["--lora_r", "2", "--merge_lora"]], ids=["whole", "merged"])
+def test_a_tuned_checkpoint_carries_what_its_base_does(converted, tmp_path, ways):
+    out = tmp_path / "tuned"
+    command = [sys.executable, ROOT / "finetune.py", "--model_name_or_path", converted, *ways]
+    command += ["--data", ROOT / "examples/clips/clips.jsonl", "--output_dir", out]
+    command += ["--max_steps", "1", "--per_device_train_batch_size", "1", "--report_to", "none"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    tuned, base = set(listed_files(out)), set(listed_files(converted))
+    # transformers 5 keeps the processor's settings in one file.
+    assert tuned - base <= {"processor_config.json"}
+    assert base - tuned <= {"preprocessor_config.json", "video_preprocessor_config.json"}
 
 
 def test_save_pretrained_copies_the_code(converted, tmp_path):
