@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from commands import ROOT
-from commands.checkpoint_files import TOKENIZER_FILES, copy_code, listed_files, upload
+from commands.checkpoint_files import TOKENIZER_FILES, copy_code, file_inside, listed_files, upload
 from commands.model_card import HUB_ID, write_card
 from nsa_reference import gate_logit
 
@@ -133,15 +133,21 @@ def find_source(source):
     """Return the folder of `source`, downloaded if it is a Hub id, and the name to call it by."""
     folder = Path(source).expanduser().resolve()
     if folder.is_dir():
-        check_model_type(folder)
+        check_files(folder)
         return folder, folder.name
     if not HUB_ID.fullmatch(source):
         raise FileNotFoundError(f"{source} is neither a folder nor a Hub id (owner/name).")
-    check_model_type(Path(snapshot_download(source, allow_patterns="config.json")))
-    return Path(snapshot_download(source, allow_patterns=SOURCE_PATTERNS)), source
+    check_files(Path(snapshot_download(source, allow_patterns="config.json")))
+    folder = Path(snapshot_download(source, allow_patterns=SOURCE_PATTERNS))
+    check_files(folder)
+    return folder, source
 
 
-def check_model_type(folder):
+def check_files(folder):
+    """Raise unless this is a Qwen2.5-VL whose files, those that are read, lie in its folder."""
+    for path in folder.iterdir():
+        if any(path.match(pattern) for pattern in SOURCE_PATTERNS):
+            file_inside(folder, path.name)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not a checkpoint's folder.")
     model_type = read_json(folder / "config.json").get("model_type")
@@ -160,8 +166,11 @@ def weight_files(folder):
             f"{folder} has neither {SINGLE} nor {INDEX}. Other formats (.bin, .pt, .gguf) are not "
             "read: load the source in transformers and save it with save_pretrained first."
         )
-    names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-    lost = [name for name in names if not (folder / name).is_file()]
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not (isinstance(weight_map, dict) and all(isinstance(n, str) for n in weight_map.values())):
+        raise ValueError(f"{folder / INDEX} has no weight_map of keys to files: fetch it again.")
+    names = sorted(set(weight_map.values()))
+    lost = [name for name in names if not file_inside(folder, name).is_file()]
     if lost:
         raise FileNotFoundError(
             f"{folder} lacks {', '.join(lost)}, which its {INDEX} names. Nothing was written; "
@@ -393,12 +402,22 @@ def write_processor(folder, staging, auto_map):
             f"{folder} has no preprocessor_config.json; copy its base model's files into it."
         )
     tokenizer = read("tokenizer_config.json")
+    if "auto_map" in tokenizer:
+        raise ValueError(
+            f"the tokenizer of {folder} needs code of its own ({tokenizer['auto_map']}), which a "
+            "converted checkpoint would run unseen. Only Qwen2.5-VL's own tokenizer is converted."
+        )
     template = tokenizer.pop("chat_template", None)
     template = read("chat_template.json").get("chat_template", template)
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if template:
-        (staging / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if isinstance(template, list):  # as older tokenizers keep several
+        template = {one["name"]: one["template"] for one in template}.get("default")
+    if not template:
+        raise FileNotFoundError(
+            f"{folder} has no chat template; copy its base model's chat_template.json into it."
+        )
+    (staging / "chat_template.jinja").write_text(template, encoding="utf-8")
 
     video = {key: image[key] for key in VIDEO_KEYS if key in image}
     video["video_processor_type"] = "VideoNSAVideoProcessor"
@@ -415,7 +434,13 @@ def write_processor(folder, staging, auto_map):
 
 
 def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: fetch it again.")
+    return content
 
 
 def write_json(path, data):

@@ -83,8 +83,9 @@ def copy_code(folder: str | Path):
 def listed_files(folder: str | Path) -> list[str]:
     """Names of the files that travel of the checkpoint or adapter in `folder`, in the lists' order.
 
-    Raises FileNotFoundError where one is missing that loading needs, and ValueError where an
-    adapter lies beside the whole weights: loading would apply it to them once more.
+    Raises FileNotFoundError where one is missing that loading needs, and ValueError where one is a
+    link out of the folder, or an adapter lies beside the whole weights: loading would apply it to
+    them once more.
     """
     folder = Path(folder)
     is_adapter = (folder / ADAPTER_CONFIG).exists()
@@ -99,7 +100,29 @@ def listed_files(folder: str | Path) -> list[str]:
     if absent:
         raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which users of it need.")
     found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-    return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in found if path.is_file()]
+    for name in names:
+        file_inside(folder, name)
+    return names
+
+
+def file_inside(folder: str | Path, name: str) -> Path:
+    """The path of the file `name` of `folder`; ValueError where it lies outside of the folder.
+
+    Links are followed: who made the folder may not be who publishes or converts it. In the Hub's
+    cache a checkpoint's files are links to the blobs of its repository, which count as inside.
+    """
+    folder = Path(folder).resolve()
+    path = (folder / name).resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.parents[1] / "blobs")
+    if not any(path.is_relative_to(home) for home in homes):
+        raise ValueError(
+            f"{name} of {folder} leads to {path}, outside of that folder, and is not read. If it "
+            "belongs to the checkpoint, put the file itself there."
+        )
+    return folder / name
 
 
 def upload(

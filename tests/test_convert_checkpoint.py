@@ -325,6 +325,61 @@ def lose_the_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
 
 
+def move_out(folder, name):
+    """Leave a link to another folder in the place of a file."""
+    other = folder.parent.parent / f"{folder.parent.name} elsewhere"
+    other.mkdir(exist_ok=True)
+    shutil.move(folder / name, other / name)
+    (folder / name).symlink_to(other / name)
+
+
+def link_a_shard_out(folder):
+    move_out(folder, sorted(folder.glob("*.safetensors"))[0].name)
+
+
+def link_the_tokenizer_out(folder):
+    move_out(folder, "tokenizer.json")
+
+
+def name_a_shard(folder, name):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= {key: name for key in list(index["weight_map"])[:1]}
+    write(path, index)
+
+
+def name_a_shard_above(folder):
+    (folder.parent.parent / "other.safetensors").touch()
+    name_a_shard(folder, "../../other.safetensors")
+
+
+def name_a_shard_by_its_path(folder):
+    name_a_shard(folder, "/etc/hostname")
+
+
+def lose_the_weight_map(folder):
+    write(folder / "model.safetensors.index.json", {"metadata": {}})
+
+
+def cut_the_config(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text()[:-5])
+
+
+def list_the_preprocessor(folder):
+    write(folder / "preprocessor_config.json", [])
+
+
+def give_the_tokenizer_code(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"AutoTokenizer": ["other/repo--tokenization.Tok", None]}
+    write(folder / "tokenizer_config.json", {**config, "auto_map": own})
+
+
+def lose_the_template(folder):
+    (folder / "chat_template.json").unlink()
+
+
 def untie_the_head(folder):
     config = json.loads((folder / "config.json").read_text())
     write(folder / "config.json", {**config, "tie_word_embeddings": True})
@@ -345,6 +400,15 @@ def untie_the_head(folder):
         (be_another_model, "holds a qwen2_vl checkpoint"),
         (lose_the_tokenizer, "has no tokenizer"),
         (untie_the_head, "differs from its embedding"),
+        (link_a_shard_out, r"model-\d+-of-\d+\.safetensors of .* leads to .*, outside of that"),
+        (link_the_tokenizer_out, "tokenizer.json of .* leads to .*, outside of that folder"),
+        (name_a_shard_above, r"\.\./\.\./other.safetensors of .* leads to .*, outside of that"),
+        (name_a_shard_by_its_path, "/etc/hostname of .* leads to /etc/hostname, outside of that"),
+        (lose_the_weight_map, "index.json has no weight_map of keys to files"),
+        (cut_the_config, "config.json is not JSON"),
+        (list_the_preprocessor, "preprocessor_config.json holds no JSON object"),
+        (give_the_tokenizer_code, "needs code of its own .*other/repo--tokenization.Tok"),
+        (lose_the_template, "has no chat template"),
     ],
 )
 def test_a_source_that_does_not_fit_stops_before_writing(source, tmp_path, damage, message):
@@ -448,6 +512,11 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 def test_a_hub_id_is_read_from_the_offline_cache_(tmp_path):
     snapshot = tmp_path / "hub/models--org--tiny/snapshots/0123abc"
     write_source(snapshot)
+    blobs = tmp_path / "hub/models--org--tiny/blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(snapshot.iterdir())):  # as the Hub's client keeps files
+        shutil.move(path, blobs / str(number))
+        path.symlink_to(f"../../blobs/{number}")
     (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: qwen\n---\n# Tiny\n")
     (snapshot / "LICENSE").write_text("terms")
     (tmp_path / "hub/models--org--tiny/refs").mkdir()

@@ -118,6 +118,23 @@ def test_what_does_not_load_by_itself_is_not_sent(api, model, damage, message, c
     assert api.calls == []
 
 
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors", "docs"])
+def test_a_link_out_of_the_folder_is_not_sent(api, model, tmp_path, name, capsys):
+    moved = tmp_path / "elsewhere"
+    shutil.move(model / name, moved)
+    (model / name).symlink_to(moved)
+    assert publish.main(["--model", str(model), "--repo-id", "me/tiny"]) == 2
+    assert "outside of that folder, and is not read" in capsys.readouterr().err
+    assert api.calls == []
+
+
+def test_a_link_inside_the_folder_is_sent(api, model, tmp_path):
+    shutil.move(model / "model.safetensors", model / "weights.bin")
+    (model / "model.safetensors").symlink_to("weights.bin")
+    assert publish.main(["--model", str(model), "--repo-id", "me/tiny"]) == 0
+    assert "model.safetensors" in api.calls[-1][2]
+
+
 def test_an_adapter_beside_whole_weights_is_not_sent(api, model, capsys):
     """Loading the folder would apply it to weights that may have it merged already."""
     (model / "adapter_config.json").touch()
