@@ -4,6 +4,8 @@
 `VideoNSAConfig` is the whole model's. The defaults are those of VideoNSA-7B.
 """
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -11,6 +13,28 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 BACKENDS = ("auto", "triton", "reference")
 MODALITIES = ("image", "video")
 SEMANTICS = ("paper",)
+TEXT_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+VISION_SIZES = (
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "in_channels",
+    "patch_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "tokens_per_second",
+    "window_size",
+    "out_hidden_size",
+)
 
 
 @strict
@@ -21,7 +45,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     nsa_block_size: tokens per compressed and per selected block.
     nsa_num_selected_blocks: blocks that a query selects, its own and the forced ones counted.
     nsa_window_size: keys in the sliding window, the query itself counted.
-    nsa_num_initial_blocks: first blocks of the stream that are always selected.
+    nsa_num_initial_blocks: a sample's first blocks, which are always selected.
     nsa_num_local_blocks: blocks that end with the query's own and are always selected.
     nsa_gate_temperature: divisor of the gates' logits before the sigmoid.
     nsa_modalities: which placeholders are vision tokens: "image", "video" or both.
@@ -51,8 +75,8 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     nsa_window_size: int = 256
     nsa_num_initial_blocks: int = 0
     nsa_num_local_blocks: int = 1
-    nsa_gate_temperature: float = 0.3
-    nsa_modalities: list[str] | tuple[str, ...] = MODALITIES
+    nsa_gate_temperature: float | int = 0.3
+    nsa_modalities: list[str] | tuple[str, ...] | str = MODALITIES
     nsa_semantics: str = "paper"
     nsa_backend: str = "auto"
 
@@ -65,26 +89,38 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         return kwargs
 
     def __post_init__(self, **kwargs):
+        _check_names(kwargs)
+        _check_sizes(self, TEXT_SIZES)  # before anything is divided by them
         super().__post_init__(**kwargs)
+        if isinstance(self.nsa_modalities, str):
+            self.nsa_modalities = [self.nsa_modalities]
         self.nsa_modalities = list(self.nsa_modalities)
-        self._check_nsa()
+        self.validate_nsa()
 
-    def _check_nsa(self):
-        for name, least in (
-            ("nsa_block_size", 1),
-            ("nsa_num_selected_blocks", 1),
-            ("nsa_window_size", 1),
-            ("nsa_num_initial_blocks", 0),
-            ("nsa_num_local_blocks", 1),
-        ):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}.")
-        if self.nsa_gate_temperature <= 0:
+    def validate_nsa(self):
+        """Raise ValueError where fields contradict each other or mean nothing.
+
+        Called at construction, by `validate` and when a model is made, after fields were set.
+        """
+        self._validate_branches()
+        self._validate_heads()
+        if self.attention_dropout:
             raise ValueError(
-                f"nsa_gate_temperature is {self.nsa_gate_temperature}; it must be positive "
-                "(the published model uses 0.3)."
+                f"attention_dropout is {self.attention_dropout}; the sparse branches have no "
+                "dropout, so it must be 0."
             )
+        if "sliding_attention" in self.layer_types:
+            raise ValueError(
+                "use_sliding_window limits what text sees, which VideoNSA does not do: its text is "
+                "dense over all earlier tokens. Set use_sliding_window to false; "
+                "nsa_window_size is the window of the vision tokens."
+            )
+
+    def _validate_branches(self):
+        _check_sizes(self, ("nsa_block_size", "nsa_num_selected_blocks", "nsa_window_size"))
+        _check_sizes(self, ("nsa_num_initial_blocks",), least=0)
+        _check_sizes(self, ("nsa_num_local_blocks",))
+        _check_positive("nsa_gate_temperature", self.nsa_gate_temperature, 0.3)
         forced = self.nsa_num_initial_blocks + self.nsa_num_local_blocks
         if forced > self.nsa_num_selected_blocks:
             raise ValueError(
@@ -99,22 +135,48 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
             raise ValueError(f"nsa_modalities is empty; name at least one of {MODALITIES}.")
         for modality in self.nsa_modalities:
             _check_choice("nsa_modalities", modality, MODALITIES)
-        if self.attention_dropout:
-            raise ValueError(
-                f"attention_dropout is {self.attention_dropout}; the sparse branches have no "
-                "dropout, so it must be 0."
-            )
+
+    def _validate_heads(self):
+        _check_sizes(self, TEXT_SIZES)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})."
             )
-        if "sliding_attention" in self.layer_types:
+        if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
-                "use_sliding_window limits what text sees, which VideoNSA does not do: its text is "
-                "dense over all earlier tokens. Set use_sliding_window to false; "
-                "nsa_window_size is the window of the vision tokens."
+                f"hidden_size ({self.hidden_size}) must be an even number of features for each of "
+                f"num_attention_heads ({self.num_attention_heads})."
             )
+        _check_positive("rms_norm_eps", self.rms_norm_eps, 1e-6)
+        _check_positive("rope_theta", self.rope_parameters["rope_theta"], self.default_theta)
+        pairs = self.hidden_size // self.num_attention_heads // 2
+        section = self.rope_parameters["mrope_section"]
+        if len(section) != 3 or min(section) < 0 or sum(section) != pairs:
+            raise ValueError(
+                f"mrope_section is {section}; wanted three numbers, for time, height and width, "
+                f"that add up to {pairs}, half of the features of a head."
+            )
+
+
+def _check_names(fields):
+    known = _split_nsa(VideoNSATextConfig.__annotations__)[0]
+    if unknown := sorted(_split_nsa(fields)[0].keys() - known.keys()):
+        raise ValueError(f"there is no {', '.join(unknown)}; choose from {', '.join(known)}.")
+
+
+def _check_sizes(config, names, least=1):
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}.")
+
+
+def _check_positive(name, value, usual):
+    if not 0 < value < math.inf:  # NaN is neither
+        raise ValueError(
+            f"{name} is {value}; it must be positive and finite (the published model uses {usual})."
+        )
 
 
 def _check_choice(name, value, choices):
@@ -124,12 +186,44 @@ def _check_choice(name, value, choices):
 
 @strict
 class VideoNSAConfig(Qwen2_5_VLConfig):
-    """Qwen2.5-VL's configuration with a `VideoNSATextConfig`; every `nsa_*` field is in it."""
+    """Qwen2.5-VL's configuration with a `VideoNSATextConfig`, which holds every `nsa_*` field.
+
+    `nsa_*` fields that are given to it, or to `from_pretrained`, go to the text config.
+    """
 
     model_type = "videonsa"
     # Older transformers read `sub_configs`, newer ones (5.23 on) `sub_configs_defaults`.
     sub_configs = {"vision_config": Qwen2_5_VLVisionConfig, "text_config": VideoNSATextConfig}
     sub_configs_defaults = dict(sub_configs)
+
+    def __post_init__(self, **kwargs):
+        nsa, kwargs = _split_nsa(kwargs)
+        _check_names(nsa)
+        if isinstance(self.text_config, dict):
+            self.text_config = {**self.text_config, **nsa}
+        elif self.text_config is None:
+            kwargs |= nsa  # a flat layout, of which stock makes a text config
+        elif nsa:
+            self.text_config = type(self.text_config)(**{**self.text_config.to_dict(), **nsa})
+        super().__post_init__(**kwargs)
+        _check_sizes(self.vision_config, VISION_SIZES)
+        if self.image_token_id == self.video_token_id:
+            raise ValueError(
+                f"image_token_id and video_token_id are both {self.image_token_id}; images and "
+                "videos need placeholders of their own."
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Stock, but for `nsa_*` among kwargs, which replace those of the text config."""
+        nsa, kwargs = _split_nsa(kwargs)
+        return super().from_dict({**config_dict, **nsa}, **kwargs)
+
+
+def _split_nsa(kwargs):
+    """(fields of the sparse attention, the others)"""
+    nsa = {name: value for name, value in kwargs.items() if name.startswith("nsa_")}
+    return nsa, {name: value for name, value in kwargs.items() if name not in nsa}
 
 
 VideoNSAConfig.register_for_auto_class()

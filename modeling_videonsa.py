@@ -176,6 +176,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
     _supports_context_parallel = False
 
     def __init__(self, config: VideoNSATextConfig):
+        config.validate_nsa()
         super().__init__(config)
         _refuse_foreign_attention(config)
         self.norm = VideoNSARMSNorm(config.hidden_size, config.rms_norm_eps)

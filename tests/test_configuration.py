@@ -1,9 +1,14 @@
 """The configuration: Qwen2.5-VL's own layouts are read, and nonsense is refused by name."""
 
+import math
+
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
 from videonsa.configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+
+from tiny import config_fields
 
 
 def test_defaults_are_the_7b_with_the_papers_branches():
@@ -61,6 +66,25 @@ def test_fields_survive_a_round_trip(tmp_path):
         ({"nsa_num_local_blocks": 0}, "nsa_num_local_blocks is 0"),
         ({"nsa_num_initial_blocks": 20, "nsa_num_local_blocks": 20}, "force 40 blocks, more than"),
         ({"nsa_gate_temperature": 0.0}, "nsa_gate_temperature is 0.0; it must be positive"),
+        ({"nsa_gate_temperature": math.nan}, "nsa_gate_temperature is nan; it must be positive"),
+        ({"nsa_gate_temperature": math.inf}, "nsa_gate_temperature is inf; it must be positive"),
+        ({"nsa_blocksize": 64}, "there is no nsa_blocksize; choose from nsa_enabled, nsa_block_"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be at least 1"),
+        ({"num_key_value_heads": -4}, "num_key_value_heads is -4"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"hidden_size": 3585}, "an even number of features for each of num_attention_heads"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
+        ({"rope_parameters": {"rope_theta": 0.0}}, "rope_theta is 0.0; it must be positive"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6, "mrope_section": [16, 24]}},
+            r"mrope_section is \[16, 24\]; wanted three numbers.* add up to 64",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e6, "mrope_section": [16, 24, 23]}},
+            r"mrope_section is \[16, 24, 23\]; wanted",
+        ),
         ({"nsa_backend": "flash"}, "nsa_backend holds 'flash'; choose from 'auto', 'triton'"),
         ({"nsa_semantics": "released"}, "nsa_semantics holds 'released'; choose from 'paper'"),
         ({"nsa_modalities": ["audio"]}, "nsa_modalities holds 'audio'"),
@@ -73,6 +97,51 @@ def test_fields_survive_a_round_trip(tmp_path):
 def test_nonsense_is_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message):
         VideoNSATextConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vision_config": {"num_heads": 0}}, "num_heads is 0; it must be at least 1"),
+        ({"vision_config": {"spatial_merge_size": 0}}, "spatial_merge_size is 0"),
+        (
+            {"image_token_id": 7, "video_token_id": 7},
+            "image_token_id and video_token_id are both 7",
+        ),
+        ({"nsa_windowsize": 64}, "there is no nsa_windowsize"),
+        ({"text_config": {"nsa_windowsize": 64}}, "there is no nsa_windowsize"),
+    ],
+)
+def test_nonsense_of_the_whole_model_is_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        VideoNSAConfig(**fields)
+
+
+def test_what_is_plainly_meant_is_taken():
+    assert VideoNSATextConfig(nsa_gate_temperature=1).nsa_gate_temperature == 1
+    assert VideoNSATextConfig(nsa_modalities="video").nsa_modalities == ["video"]
+
+
+def test_a_field_that_is_set_later_is_checked_when_a_model_is_made():
+    config = VideoNSAConfig(**config_fields())
+    config.text_config.nsa_gate_temperature = math.nan
+    with pytest.raises(ValueError, match="nsa_gate_temperature is nan"):
+        VideoNSAForConditionalGeneration._from_config(config)
+
+
+def test_fields_given_to_the_whole_model_reach_the_text_config(tmp_path):
+    """Beside a text config, in the flat layout, and as settings of from_pretrained."""
+    text = {"nsa_window_size": 77, "hidden_size": 112, "num_attention_heads": 14}
+    text["num_key_value_heads"] = 2
+    for given in (text, VideoNSATextConfig(**text)):
+        config = VideoNSAConfig(text_config=given, nsa_block_size=8).text_config
+        assert (config.nsa_window_size, config.nsa_block_size, config.hidden_size) == (77, 8, 112)
+    flat = VideoNSAConfig(**text, nsa_block_size=8)
+    assert flat.text_config.nsa_block_size == 8 and flat.text_config.hidden_size == 112
+    flat.save_pretrained(tmp_path)
+    loaded = VideoNSAConfig.from_pretrained(tmp_path, nsa_window_size=9, nsa_enabled=False)
+    text = loaded.text_config
+    assert (text.nsa_window_size, text.nsa_enabled, text.nsa_block_size) == (9, False, 8)
 
 
 @pytest.mark.parametrize("fields", [{"nsa_block_size": "64"}, {"nsa_enabled": "no"}], ids=str)
