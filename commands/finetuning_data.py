@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers.image_utils import load_image
 
-from commands.finetuning_rows import MEDIA, all_parts, parse_row, read_set, to_messages
+from commands.finetuning_rows import MEDIA, all_parts, parse_row, to_messages
+from commands.finetuning_sets import read_set, split_share
 from nsa_reference import count_visits
 
 IGNORE = -100
@@ -117,8 +118,8 @@ class Conversations(Dataset):
             for row in rows:
                 try:
                     kinds |= {part["type"] for part in all_parts(parse_row(row))} & set(MEDIA)
-                except ValueError:
-                    continue  # such a row is skipped
+                except Exception:  # as where rows are read: it is skipped
+                    continue
                 if len(kinds) == len(MEDIA):
                     return len(kinds)
         return len(kinds)
@@ -132,12 +133,12 @@ class Conversations(Dataset):
         for step in range(min(tries, len(self))):
             number, row = self.places[(index + step) % len(self)]
             rows, folder, _ = self.sets[number]
-            place = f"{self.names[number].partition('%')[0]}:{row + 1}"
+            place = f"{split_share(self.names[number])[0]}:{row + 1}"
             try:
                 prepared = self.prepare(to_messages(rows[row], self.root or folder))
                 item = make(prepared)
             except Exception as error:  # whatever a damaged file makes a decoder raise
-                notes.append(("skipped", place, f"{type(error).__name__}: {error}"))
+                notes.append(("skipped", place, f"{type(error).__name__}: {error}"[:500]))
                 continue
             if prepared.note:
                 notes.append(("shortened", place, prepared.note))
@@ -210,15 +211,17 @@ class Conversations(Dataset):
         text = self.processor.apply_chat_template(marked, tokenize=False)
         # Text, answer, text, answer, ..., text.
         pieces = text.split(MARK)
-        answers = sum(message["role"] == "assistant" for message in messages)
-        if len(pieces) != 2 * answers + 1:
+        learned = [one.get("loss", True) for one in messages if one["role"] == "assistant"]
+        if len(pieces) != 2 * len(learned) + 1:
             raise ValueError(f"the text holds the character U+{ord(MARK):X}, which is none")
         spans, end = [], 0
-        for before, answer, after in zip(pieces[::2], pieces[1::2], pieces[2::2], strict=False):
+        for turn, is_learned in enumerate(learned):
+            before, answer, after = pieces[2 * turn : 2 * turn + 3]
             if not (before.endswith(self.before_answer) and after.startswith(self.after_answer)):
                 raise ValueError("the chat template encloses this answer otherwise than others")
             start, end = end + len(before), end + len(before) + len(answer)
-            spans.append((start - len(self.before_answer), end + len(self.after_answer)))
+            if is_learned:
+                spans.append((start - len(self.before_answer), end + len(self.after_answer)))
         encoded = self.processor.tokenizer("".join(pieces), return_offsets_mapping=True)
         starts, ends = torch.tensor(encoded["offset_mapping"]).T
         labelled = torch.zeros(len(starts), dtype=torch.bool)

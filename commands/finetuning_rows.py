@@ -1,6 +1,4 @@
-"""The rows of finetune.py's data sets: reading them, and the conversation that each one is.
-
-Rows are one conversation each, in any of three layouts:
+"""What a row of finetune.py's data is: one conversation, in any layout that people have.
 
     {"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\\nWhat happens?"},
                                          {"from": "gpt", "value": "A cat sleeps."}]}
@@ -9,133 +7,280 @@ Rows are one conversation each, in any of three layouts:
     {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"},
                                                {"type": "text", "text": "What happens?"}]},
                   {"role": "assistant", "content": [{"type": "text", "text": "A cat sleeps."}]}]}
+    {"video": "a.mp4", "question": "What happens?", "answer": "A cat sleeps."}
 
-The first also with LLaVA-Video's `<image>` as the video's place; each also with `image`, `images`.
-A video may be a file, a folder of frames or a list of frames.
+`parse_row` alone decides; what it cannot read it refuses by name with a ValueError, and such a row
+is skipped. docs/training.md lists all that is taken.
 """
 
+import io
 import json
 import os
-import random
 import re
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from PIL import Image
+from transformers.image_utils import load_image
 
-ROLES = {"human": "user", "gpt": "assistant"}
 MEDIA = ("image", "video")
-TAG = re.compile(r"\s*<(image|video)>\s*")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+ROLES |= {"model": "assistant", "bot": "assistant", "system": "system"}
+# Keys with a list of turns, of which a row has one; else it has a question and an answer.
+LISTS = ("messages", "conversations", "conversation")
+QUESTIONS = ("query", "question", "instruction", "prompt", "problem")
+ANSWERS = ("response", "answer", "output", "completion", "solution")
+# Settings that a row may give for its one video, as a part of a message may.
+SETTINGS = {"video_start", "video_end", "min_frames", "max_frames", "min_pixels", "max_pixels"}
+SETTINGS |= {"total_pixels", "resized_height", "resized_width"}
+# What would change the meaning of a row and is not read.
+REFUSED = {"audio", "audios", "objects", "tools", "chosen", "rejected", "rejected_response"}
+REFUSED |= {"options", "choices", "candidates"}
+# What might be a setting or a note about the file.
+UNCLEAR = {"fps", "num_frames", "nframes", "start", "end", "start_time", "end_time"}
+UNCLEAR |= {"start_sec", "end_sec", "clip_start", "clip_end"}
+# Names under which people keep media, and which are not read.
+FILE_KEY = re.compile(
+    r"(?:(?:video|image|picture|frame|media|clip|file)s?(?:_?(?:path|file|name|url|uri)s?)?"
+    r"|paths?|urls?)",
+    re.I,
+)
+KINDS = {"text": "text", "input_text": "text", "output_text": "text"}
+KINDS |= {name: kind for kind in MEDIA for name in (kind, f"{kind}_url", f"input_{kind}")}
+# A medium's place in a text, also as LLaVA and Qwen's own template write it.
+TAG = re.compile(
+    r"\s*(?:<(image|video)>|<\|vision_start\|><\|(image|video)_pad\|><\|vision_end\|>)\s*", re.I
+)
+PICTURES = set(Image.registered_extensions())
+FILMS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts"}
 
 
-def read_rows(name):
-    """The rows of one data set, a sequence of dicts, and the folder that its paths start from.
-
-    name: a .json, .jsonl or .parquet file, a folder that `datasets` can load, or an id on the Hub,
-    which may go on with a subset and a split: "org/name:subset:split", "org/name::split".
-    """
-    path = Path(name)
-    if path.suffix in (".json", ".jsonl") and path.is_file():
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            return json.loads(text), path.parent
-        return [json.loads(line) for line in text.split("\n") if line.strip()], path.parent
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is not a .json or .jsonl file; reading it needs: pip install datasets"
-        ) from error
-    if path.suffix == ".parquet" and path.is_file():
-        return datasets.Dataset.from_parquet(str(path)), path.parent
-    if path.suffix in (".json", ".jsonl", ".parquet"):
-        raise FileNotFoundError(f"there is no file {name}.")
-    source, subset, split = (*name.split(":"), "", "")[:3]
-    rows = datasets.load_dataset(source, subset or None, split=split or "train")
-    return rows, path if path.is_dir() else Path()
-
-
-def read_set(name, seed):
-    """(rows, folder, row numbers) of a data set, of which "name%50" takes a random half.
-
-    The same seed takes the same rows. Past 100 %, rows come several times.
-    """
-    name, _, share = name.partition("%")
-    rows, folder = read_rows(name)
-    numbers = list(range(len(rows)))
-    if share:
-        wanted = round(len(numbers) * float(share) / 100)
-        times, rest = divmod(wanted, max(len(numbers), 1))
-        numbers = numbers * times + random.Random(seed).sample(numbers, rest)
-    return rows, folder, numbers
-
-
-def to_messages(row, folder):
+def to_messages(row, folder) -> list[dict]:
     """The conversation of a row as messages in Qwen's form, media with their paths.
 
-    Raises ValueError where the row is in none of the layouts, or its media do not fit its text.
+    folder: where relative paths start. An assistant's message may have "loss": False, which is
+    not learned. Raises ValueError for a row that cannot be read, FileNotFoundError for its files.
     """
     messages = parse_row(row)
     for part in all_parts(messages):
         if part["type"] in MEDIA:
-            part[part["type"]] = _located(part[part["type"]], folder)
+            part[part["type"]] = _located(part[part["type"]], folder, part["type"])
     return messages
 
 
-def parse_row(row):
-    """The same with media as the row names them; looks at no file."""
-    media = {kind: _listed(row, kind) for kind in MEDIA}
+def all_parts(messages):
+    for message in messages:
+        yield from message["content"]
+
+
+def parse_row(row) -> list[dict]:
+    """The messages of a row with media as it names them; looks at no file."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a row is an object with messages or conversations, not {_short(row)}")
+    given = {key: _decoded(key, value) for key, value in row.items()}
+    row = {key: value for key, value in given.items() if not _is_empty(value)}
+    if refused := sorted(REFUSED & row.keys()):
+        raise ValueError(f"the row has {', '.join(refused)}, which is not read: take it out")
+    turns = _turns(row)
+    media = {kind: _listed(row, kind, _count_tags(turns)) for kind in MEDIA}
     has_media = any(media.values())
-    turns = row.get("messages") or row.get("conversations")
-    if isinstance(turns, dict):  # as `datasets` may store a list of turns: a dict of lists
-        turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
-    if not turns:
-        raise ValueError(f"the row has neither messages nor conversations, only {sorted(row)}")
-    messages = []
-    for turn in turns:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = ROLES.get(role, role)
-        if role not in ("system", "user", "assistant") or content is None:
-            raise ValueError(f"a turn has a role (system, user, assistant) and text, not {turn}")
-        messages.append({"role": role, "content": list(_parts(content, media, has_media))})
-    if any(media.values()):
-        user = next((one for one in messages if one["role"] == "user"), None)
-        if user is None or any(part["type"] != "text" for part in all_parts(messages)):
-            left = ", ".join(f"{len(items)} {kind}" for kind, items in media.items() if items)
-            raise ValueError(f"the text has fewer <video> and <image> tags than media: {left} left")
-        # No tag at all: the media come first.
-        front = [{"type": kind, kind: item} for kind in MEDIA for item in media[kind]]
-        user["content"] = front + user["content"]
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no turn is an assistant's, so there is nothing to learn")
+    messages = [_message(turn, media, has_media) for turn in turns]
+    _place_first(messages, media)
+    _check_lost_media(messages, row, given)
+    _set_for_one_video(messages, row)
+    if not any(one["role"] == "assistant" and one.get("loss", True) for one in messages):
+        raise ValueError("no turn is an assistant's that is learned, so there is nothing to learn")
     return messages
 
 
-def _listed(row, kind):
-    """The media of one kind that a row lists beside its text."""
-    items = row.get(f"{kind}s") or row.get(kind) or []
-    return list(items) if isinstance(items, (list, tuple)) else [items]
+def _decoded(key, value):
+    """A value of a row; a list that is stored as a JSON string as what it says."""
+    lists = {*LISTS, "history", *(f"{kind}{s}" for kind in MEDIA for s in ("", "s"))}
+    if key in lists and isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
 
 
-def _parts(content, media, has_tags):
-    """Yields the parts of one turn; takes what it needs from the front of the lists in `media`."""
-    if isinstance(content, str):
-        # text, kind, text, kind, ..., text; in a row without media, a tag is what the text is about
-        pieces = TAG.split(content) if has_tags else [content]
-        for text, kind in zip(pieces[::2], [*pieces[1::2], None], strict=True):
-            if text.strip():
-                yield {"type": "text", "text": text.strip()}
-            if kind is not None:
-                # LLaVA-Video marks a video's place with <image>.
-                kind = kind if media[kind] else "video"
-                yield {"type": kind, kind: _next(media, kind)}
+def _is_empty(value):
+    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# The turns.
+
+
+def _turns(row):
+    """The turns of a row as dicts, in order, the system's first."""
+    found, question, answer = (
+        [key for key in keys if key in row] for keys in (LISTS, QUESTIONS, ANSWERS)
+    )
+    if len(found) == 1:
+        turns = _list_of_turns(row[found[0]], found[0])
+    elif not found and len(question) == len(answer) == 1:
+        turns = _pair(row, question[0], answer[0])
+    else:
+        found = [*found, *question, *answer]
+        what = f"{' and '.join(found)}" if found else "neither messages nor conversations"
+        raise ValueError(
+            f"the row has {what}, where one list of turns was wanted, or one question with one "
+            f"answer; its keys are {', '.join(map(str, row)) or 'none'}"
+        )
+    if "system" in row:
+        if any(_role(turn) == "system" for turn in turns):
+            raise ValueError("the row has a system text and a turn of the system: leave one")
+        turns = [{"role": "system", "content": row["system"]}, *turns]
+    return turns
+
+
+def _list_of_turns(turns, key):
+    if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
+        # As `datasets` may store a list of turns: a dict of lists.
+        turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{key} is a list of turns, not {_short(turns)}")
+    listed = []
+    for turn in turns:
+        turn = {name: value for name, value in turn.items() if value is not None}
+        if "role" in turn or "from" in turn:
+            listed.append(turn)
+        else:  # one turn each under the names of their roles
+            listed += [{"role": name, "content": text} for name, text in turn.items()]
+    return listed
+
+
+def _pair(row, question_key, answer_key):
+    """The turns of a question and its answer, after those of "history"."""
+    question, answer = row[question_key], row[answer_key]
+    if isinstance(question, list) or isinstance(answer, list):  # of turns; the answer's are learned
+        asked = question if isinstance(question, list) else [_user(question)]
+        asked = _list_of_turns(asked, question_key)
+        given = answer if isinstance(answer, list) else [_assistant(answer)]
+        asked = [turn | ({"loss": False} if _role(turn) == "assistant" else {}) for turn in asked]
+        return asked + _list_of_turns(given, answer_key)
+    turns = []
+    for pair in row.get("history", []):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"history is a list of [question, answer], not {_short(pair)}")
+        turns += [_user(pair[0]), _assistant(pair[1])]
+    if question_key == "instruction" and "input" in row:
+        question = f"{question}\n{row['input']}"
+    return [*turns, _user(question), _assistant(answer)]
+
+
+def _user(text):
+    return {"role": "user", "content": text}
+
+
+def _assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def _role(turn):
+    return ROLES.get(str(turn.get("role", turn.get("from"))).lower())
+
+
+def _message(turn, media, has_media):
+    """One message of a turn; takes the media that it places from the front of those in `media`."""
+    role, content = _role(turn), turn.get("content", turn.get("value"))
+    if role is None or content is None:
+        raise ValueError(
+            f"a turn has a role (system, user, assistant) and text, not {_short(turn)}"
+        )
+    known = {"role", "from", "content", "value", "loss", "weight", "train", "name", "id"}
+    if unknown := sorted(turn.keys() - known):
+        raise ValueError(f"a turn has {', '.join(unknown)}, which is not read: take it out")
+    content = content if isinstance(content, (list, tuple)) else [content]
+    parts = [part for item in content for part in _parts(item, role, media, has_media)]
+    if role == "assistant" and any(part["type"] != "text" for part in parts):
+        raise ValueError("an assistant's turn has an image or video: put it into a user's turn")
+    message = {"role": role, "content": parts}
+    for key in ("loss", "weight", "train"):
+        if key in turn:
+            if turn[key] not in (0, 1) or (role != "assistant" and turn[key]):
+                raise ValueError(f"a {role}'s turn has {key} {turn[key]}; only 0 and 1 are taken")
+            if role == "assistant":
+                message["loss"] = bool(turn[key])
+    return message
+
+
+# The parts of a turn.
+
+
+def _parts(item, role, media, has_media):
+    """Yields the parts, text or media, of a text or of one part as the row has it."""
+    if isinstance(item, (int, float)) and not isinstance(item, bool):
+        item = str(item)
+    if isinstance(item, str):
+        yield from _split(item.removeprefix("\ufeff"), role, media, has_media)
         return
-    for part in content:
-        part = {key: value for key, value in part.items() if value is not None}
-        kind = part.get("type") or next((kind for kind in MEDIA if kind in part), "text")
-        if kind in MEDIA:
-            source = next((part.pop(key) for key in (kind, "path", "url") if key in part), None)
-            part[kind] = _next(media, kind) if source is None else source
-        yield {**part, "type": kind}
+    if not isinstance(item, dict):
+        raise ValueError(f"a turn has text and parts, not {_short(item)}")
+    part = {key: value for key, value in item.items() if not _is_empty(value)}
+    kind = _kind(part, item)
+    if kind == "text":
+        has_media = has_media and any(media.values())
+        yield from _split(str(part.get("text", "")), role, media, has_media)
+        return
+    source = _take_source(part, kind)
+    if kind == "image" and part:
+        raise ValueError(f"an image has {', '.join(sorted(part))}, which is not read: take it out")
+    yield {"type": kind, **part, kind: _next(media, kind) if source is None else source}
+
+
+def _kind(part, item):
+    """Takes the type of a part out of it, or tells it by its keys."""
+    name = part.pop("type", None)
+    if name is None:
+        names = [key for key in part if key in KINDS]
+        name = names[0] if len(names) == 1 else None
+    if name not in KINDS:
+        raise ValueError(f"a part is a text, image or video, not {_short(item)}")
+    return KINDS[name]
+
+
+def _take_source(part, kind):
+    """Takes out of a part where its medium comes from; None where the row lists it elsewhere."""
+    names = [name for name in (kind, f"{kind}_url", f"input_{kind}", "path", "url") if name in part]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise ValueError(f"a part has {' and '.join(names)}: one of them is its {kind}")
+    source = part.pop(names[0])
+    if isinstance(source, dict) and "url" in source:  # OpenAI's form
+        source = {name: value for name, value in source.items() if value is not None}
+        address = source.pop("url")
+        if source.get("detail") == "auto":
+            del source["detail"]
+        part |= source
+        return address
+    return source
+
+
+def _split(text, role, media, has_media):
+    """Yields a text's pieces and the media at its tags; a tag of a row without media is text."""
+    if role == "assistant":  # an answer may speak of tags, once all media have their place
+        if TAG.search(text) and any(media.values()):
+            raise ValueError(
+                "an assistant's turn has a tag of an image or video: put it into a user's turn"
+            )
+        has_media = False
+    place = 0
+    for tag in TAG.finditer(text) if has_media else ():
+        if piece := text[place : tag.start()].strip():
+            yield {"type": "text", "text": piece}
+        kind = (tag[1] or tag[2]).lower()
+        kind = kind if media[kind] else "video"  # LLaVA-Video marks a video's place with <image>
+        yield {"type": kind, kind: _next(media, kind)}
+        place = tag.end()
+    if piece := text[place:].strip():
+        yield {"type": "text", "text": piece}
 
 
 def _next(media, kind):
@@ -144,26 +289,142 @@ def _next(media, kind):
     return media[kind].pop(0)
 
 
-def _located(source, folder):
-    """Paths start from `folder`; a folder of frames becomes the list of its pictures."""
+# The media of a row.
+
+
+def _count_tags(turns):
+    texts = [turn.get("content", turn.get("value")) for turn in turns if _role(turn) == "user"]
+    return sum(len(TAG.findall(text)) for text in texts if isinstance(text, str))
+
+
+def _listed(row, kind, tags):
+    """The media of one kind that a row lists beside its text."""
+    if kind in row and f"{kind}s" in row:
+        raise ValueError(f"the row has both {kind} and {kind}s: leave one")
+    items = row.get(f"{kind}s", row.get(kind, []))
+    if isinstance(items, dict) and all(isinstance(column, list) for column in items.values()):
+        items = [dict(zip(items, one, strict=True)) for one in zip(*items.values(), strict=True)]
+    items = list(items) if isinstance(items, (list, tuple)) else [items]
+    items = [item for item in items if not _is_empty(item)]
+    if kind == "video" and len(items) > 1 and all(map(_is_picture, items)):
+        if tags > 1:
+            raise ValueError(
+                f"the row lists {len(items)} pictures as videos, and its text has {tags} tags: put "
+                "the frames of each video into a list of its own, or give pictures as images"
+            )
+        return [items]  # the frames of one video
+    return items
+
+
+def _is_picture(item):
+    path = item.get("path") if isinstance(item, dict) else item
+    return isinstance(path, str) and Path(path).suffix.lower() in PICTURES - {".gif"}
+
+
+def _place_first(messages, media):
+    """Puts media for which no text has a tag before the first question."""
+    if not any(media.values()):
+        return
+    user = next((one for one in messages if one["role"] == "user"), None)
+    if user is None or any(part["type"] != "text" for part in all_parts(messages)):
+        left = ", ".join(f"{len(items)} {kind}" for kind, items in media.items() if items)
+        raise ValueError(f"the text has fewer <video> and <image> tags than media: {left} left")
+    front = [{"type": kind, kind: item} for kind in MEDIA for item in media[kind]]
+    user["content"] = front + user["content"]
+
+
+def _check_lost_media(messages, row, given):
+    """Raises ValueError where a row seems to have media that were not found."""
+    has_media = any(part["type"] != "text" for part in all_parts(messages))
+    read = {f"{kind}{s}" for kind in MEDIA for s in ("", "s")}
+    for key in row.keys() - read:
+        noted = has_media and key.lower().endswith("name")  # beside the medium itself
+        if FILE_KEY.fullmatch(key) and not noted and _looks_like_media(row[key]):
+            raise ValueError(
+                f"the row has {key}, which is not read: media are {', '.join(MEDIA)} "
+                "or their plurals"
+            )
+    if has_media:
+        return
+    empty = sorted(key for key in given.keys() & read if _is_empty(given[key]))
+    for message in messages:
+        text = "\n".join(part["text"] for part in message["content"])
+        tag = TAG.search(text)
+        if (
+            message["role"] == "user"
+            and tag
+            and (empty or tag.start() == 0 or tag.end() == len(text))
+        ):
+            what = f"its {empty[0]} is empty" if empty else "it has no image or video"
+            raise ValueError(f"the row's text has {tag[0].strip()}, but {what}")
+
+
+def _looks_like_media(value):
+    if isinstance(value, (list, tuple)):
+        return any(map(_looks_like_media, value))
+    if isinstance(value, dict):
+        return bool(value.get("bytes")) or _looks_like_media(value.get("path"))
+    if isinstance(value, bytes):
+        return True
+    return isinstance(value, str) and Path(value).suffix.lower() in PICTURES | FILMS
+
+
+def _set_for_one_video(messages, row):
+    """Gives the video of a row the settings that stand beside it."""
+    videos = [part for part in all_parts(messages) if part["type"] == "video"]
+    if videos and (unclear := sorted(UNCLEAR & row.keys())):
+        raise ValueError(
+            f"the row has {', '.join(unclear)}: as settings, name them video_start and video_end, "
+            "or give them in the part of the video; as notes on the file, take them out"
+        )
+    if not (settings := {key: row[key] for key in sorted(SETTINGS & row.keys())}):
+        return
+    if len(videos) != 1:
+        raise ValueError(
+            f"the row has {', '.join(settings)} for {len(videos)} videos: give settings of one of "
+            "several videos in its part of the message"
+        )
+    if twice := settings.keys() & videos[0].keys():
+        raise ValueError(f"the row and the part of its video both have {', '.join(sorted(twice))}")
+    videos[0].update(settings)
+
+
+# Where they are.
+
+
+def _located(source, folder, kind):
+    """A medium with its path from `folder`; a folder of frames becomes the list of its pictures."""
     if isinstance(source, (list, tuple)):
-        return [_located(frame, folder) for frame in source]
+        return [_located(frame, folder, "image") for frame in source]
+    if isinstance(source, dict):  # as `datasets` stores them
+        if not (found := source.get("bytes") or source.get("path")):
+            raise ValueError(f"an {kind} has neither bytes nor a path: {_short(source)}")
+        source = found
+    if isinstance(source, bytes):
+        return load_image(Image.open(io.BytesIO(source))) if kind == "image" else io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
         return source
-    source = os.fspath(source).removeprefix("file://")
-    if "://" in source:
+    source = os.fspath(source)
+    if source.startswith("file://"):
+        source = unquote(urlsplit(source).path)
+    if "://" in source or source.startswith("data:"):
         return source
     path = Path(folder, source)
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
-    if path.is_dir():
-        return [str(one) for one in sorted(path.iterdir()) if one.suffix.lower() in PICTURES]
+    if path.is_dir() and kind == "video":
+        return _frames(path)
     return str(path)
 
 
-PICTURES = set(Image.registered_extensions())
+def _frames(folder):
+    """The pictures in a folder, in the order of the numbers in their names."""
+    names = [one.name for one in folder.iterdir() if one.suffix.lower() in PICTURES]
+    names = [name for name in names if not name.startswith(".")]
+    if not names:
+        raise ValueError(f"the folder {folder} has no pictures, so it is no video")
+    return [str(folder / name) for name in sorted(names, key=_natural)]
 
 
-def all_parts(messages):
-    for message in messages:
-        yield from message["content"]
+def _natural(name):
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]

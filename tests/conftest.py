@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
+from PIL import Image
 
 # One thread a worker: workers share the cores, and the same run gives the same bits.
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
@@ -19,6 +20,11 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 modules_cache = tempfile.TemporaryDirectory(prefix="videonsa-modules-")
 os.environ["HF_MODULES_CACHE"] = modules_cache.name
+
+
+from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+
+from paths import ROOT  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -40,3 +46,42 @@ def opened(monkeypatch):
 
     monkeypatch.setattr(av, "open", counting)
     return names
+
+
+# For the tests of fine-tuning, which share finetuning.py.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with two clips of 4 s, their questions in clips.jsonl, some with new_kind.jsonl."""
+    import finetuning
+    import make_clips
+
+    folder = tmp_path_factory.mktemp("data")
+    finetuning.write_clips(folder, "new_kind.jsonl", make_clips.NEW_KINDS)
+    finetuning.write_clips(folder, "clips.jsonl", make_clips.KINDS)
+    Image.new("RGB", (120, 90), "red").save(folder / "red.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForImageTextToText.from_pretrained(
+        ROOT, trust_remote_code=True, dtype=torch.float32
+    )
+
+
+@pytest.fixture
+def batch(processor, model, folder):
+    """Two conversations of different lengths, the second text alone."""
+    from commands.finetuning_data import Collator, Conversations
+    from finetuning import ROW, TEXT_ROW, write_rows
+
+    write_rows(folder / "two.jsonl", [ROW, TEXT_ROW])
+    data = Conversations([str(folder / "two.jsonl")], processor)
+    return Collator(processor, model.config)([data[0], data[1]])

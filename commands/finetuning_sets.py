@@ -1,0 +1,138 @@
+"""The data sets of finetune.py: files, folders and ids on the Hub into rows.
+
+A row is what one line, object or record holds, as Python values; what it means is in
+finetuning_rows.py. Pictures and videos that a data set holds inside stay as they are stored,
+{"bytes": ..., "path": ...}: nothing here decodes.
+"""
+
+import csv
+import dataclasses
+import json
+import random
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from commands.finetuning_rows import ANSWERS, LISTS, QUESTIONS
+
+FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+
+
+def split_share(name: str) -> tuple[str, float | None]:
+    """("set.json", 50.0) of "set.json%50"; (name, None) where there is no share."""
+    match = re.fullmatch(r"(.+)%(\d+(?:\.\d+)?)", name)
+    return (match[1], float(match[2])) if match and not Path(name).exists() else (name, None)
+
+
+def read_set(name: str, seed: int) -> tuple[Sequence, Path, list[int]]:
+    """(rows, folder, row numbers) of a data set, of which "name%50" takes a random half.
+
+    The same seed takes the same rows. Past 100 %, rows come several times.
+    """
+    name, share = split_share(name)
+    rows, folder = read_rows(name)
+    numbers = list(range(len(rows)))
+    if share is not None:
+        wanted = round(len(numbers) * share / 100)
+        times, rest = divmod(wanted, max(len(numbers), 1))
+        numbers = numbers * times + random.Random(seed).sample(numbers, rest)
+    return rows, folder, numbers
+
+
+def read_rows(name: str) -> tuple[Sequence, Path]:
+    """The rows of one data set, and the folder that its paths start from.
+
+    name: a .json, .jsonl, .csv, .tsv or .parquet file, a folder that `datasets` can load, or an id
+    on the Hub, maybe with a subset and a split: "org/name:subset:split", "org/name::split".
+    """
+    path, suffix = Path(name), Path(name).suffix.lower()
+    if suffix in FILES and not path.is_file():
+        raise FileNotFoundError(f"there is no file {name}.")
+    if suffix in (".json", ".jsonl"):
+        return _read_json(path), path.parent
+    if suffix in (".csv", ".tsv"):
+        return _read_table(path, "\t" if suffix == ".tsv" else ","), path.parent
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is not a .json, .jsonl, .csv or .tsv file; reading it needs: "
+            "pip install datasets"
+        ) from error
+    if suffix == ".parquet":
+        return _undecoded(datasets.Dataset.from_parquet(str(path)), datasets), path.parent
+    source, subset, split = (*name.split(":"), "", "")[:3]
+    if Path(source, "state.json").is_file() or Path(source, "dataset_dict.json").is_file():
+        rows = datasets.load_from_disk(source)  # as save_to_disk wrote it
+        rows = rows[split or "train"] if isinstance(rows, dict) else rows
+    else:
+        rows = datasets.load_dataset(source, subset or None, split=split or "train")
+    return _undecoded(rows, datasets), path if path.is_dir() else Path()
+
+
+def _read_json(path):
+    """Rows of a JSON file, or of JSON Lines, whichever the file's name says."""
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as whole:
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        rows = []
+        for number, line in lines:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path} is neither JSON ({whole}) nor JSON Lines (line {number}: {error})."
+                ) from error
+        return rows
+    if isinstance(content, list):
+        return content
+    if isinstance(content, dict) and not content.keys().isdisjoint((*LISTS, *QUESTIONS, *ANSWERS)):
+        return [content]  # JSON Lines of one row
+    values = list(content.values()) if isinstance(content, dict) else []
+    if len(lists := [value for value in values if _is_rows(value)]) == 1:  # {"data": [rows]}
+        return lists[0]
+    if _is_rows(values):  # {"id": row, ...}
+        return values
+    raise ValueError(
+        f"{path} holds neither a list of rows nor one row: give a list of objects, each with "
+        "messages or conversations, or one object a line."
+    )
+
+
+def _is_rows(value):
+    return isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+
+
+def _read_table(path, delimiter):
+    """Rows of a .csv or .tsv file with a header; empty cells are None."""
+    csv.field_size_limit(sys.maxsize)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter=delimiter))
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}: row {number} has not as many cells as the header.")
+    return [{key: value or None for key, value in row.items()} for row in rows]
+
+
+def _undecoded(rows, datasets):
+    """The same rows with pictures, videos and sound as they are stored."""
+    media = (datasets.Image, datasets.Video, datasets.Audio)
+
+    def plain(feature):
+        if isinstance(feature, media):
+            return dataclasses.replace(feature, decode=False)
+        if isinstance(feature, dict):
+            return type(feature)({name: plain(one) for name, one in feature.items()})
+        if hasattr(feature, "feature"):  # a list
+            return dataclasses.replace(feature, feature=plain(feature.feature))
+        return feature
+
+    features = plain(rows.features)
+    if features == rows.features:
+        return rows
+    # Not by `rows.cast`, which writes a copy to the disk: the storage is the same.
+    table = rows.data.cast(features.arrow_schema)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))

@@ -1,0 +1,316 @@
+"""What a row is and where rows come from: taken as it is meant, or refused by name."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from commands.finetuning_data import Conversations
+from commands.finetuning_rows import parse_row, to_messages
+from commands.finetuning_sets import read_rows, split_share
+from finetuning import ROW, TEXT_ROW, run, write_rows
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def answer(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def video(source="a.mp4", **settings):
+    return {"type": "video", "video": source, **settings}
+
+
+def said(row):
+    """A row's messages in short: (role, text and <sources>), "-" before an answer not learned."""
+    lines = []
+    for message in parse_row(row):
+        parts = [p.get("text", f"<{p.get('video', p.get('image'))}>") for p in message["content"]]
+        role = message["role"] if message.get("loss", True) else f"-{message['role']}"
+        lines.append((role, "".join(map(str, parts))))
+    return lines
+
+
+ASKED = [("user", "<a.mp4>What?"), ("assistant", "red")]
+TURNS = [user("<video>What?"), answer("red")]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"videos": ["a.mp4"], "messages": json.dumps(TURNS)}, ASKED),
+        ({"videos": '["a.mp4"]', "messages": TURNS}, ASKED),
+        ({"videos": [{"path": "a.mp4", "bytes": None}], "messages": TURNS},
+         [("user", "<{'path': 'a.mp4', 'bytes': None}>What?"), ("assistant", "red")]),
+        ({"video": "a.mp4", "conversation": [{"human": "<video>What?", "assistant": "red"}]},
+         ASKED),
+        ({"video": "a.mp4", "conversations": [{"from": "Human", "value": "<VIDEO>What?"},
+                                              {"from": "GPT", "value": "red"}]}, ASKED),
+        ({"video": "a.mp4", "query": "What?", "response": "red"}, ASKED),
+        ({"video": "a.mp4", "question": "What?", "answer": "red"}, ASKED),
+        ({"video": "a.mp4", "instruction": "What?", "input": "", "output": "red"}, ASKED),
+        ({"video": "a.mp4", "instruction": "What", "input": "is it?", "output": 3},
+         [("user", "<a.mp4>What\nis it?"), ("assistant", "3")]),
+        ({"video": "a.mp4", "query": "Sure?", "response": "yes",
+          "history": [["<video>What?", "red"]]},
+         [*ASKED, ("user", "Sure?"), ("assistant", "yes")]),
+        ({"prompt": [user([video(), text("What?")]), answer("blue"), user("Sure?")],
+          "completion": [answer("red")]},
+         [ASKED[0], ("-assistant", "blue"), ("user", "Sure?"), ("assistant", "red")]),
+        ({"video": "a.mp4", "system": "Be brief.", "messages": TURNS},
+         [("system", "Be brief."), *ASKED]),
+        ({"video": "a.mp4", "messages": [*TURNS[:1], answer("blue", loss=False), user("Sure?"),
+                                         answer("red", loss=True)]},
+         [ASKED[0], ("-assistant", "blue"), ("user", "Sure?"), ("assistant", "red")]),
+        ({"video": "a.mp4", "messages": [*TURNS[:1], answer("blue", weight=0.0), user("Sure?"),
+                                         answer("red", weight=None)]},
+         [ASKED[0], ("-assistant", "blue"), ("user", "Sure?"), ("assistant", "red")]),
+        ({"video": "a.mp4", "messages": [user("<video>How many?"), answer(3)]},
+         [("user", "<a.mp4>How many?"), ("assistant", "3")]),
+        ({"messages": [user([{"type": "video_url", "video_url": {"url": "a.mp4"}}, text("What?")]),
+                       answer("red")]}, ASKED),
+        ({"messages": [user([{"type": "input_video", "input_video": "a.mp4"},
+                             {"type": "input_text", "text": "What?"}]), answer("red")]}, ASKED),
+        ({"messages": [user([{"type": "image_url", "image_url": {"url": "b.png", "detail": "auto"}},
+                             text("What?")]), answer("red")]},
+         [("user", "<b.png>What?"), ("assistant", "red")]),
+        ({"messages": [user([{"video": "a.mp4"}, {"text": "What?"}]), answer("red")]}, ASKED),
+        ({"messages": [user([{"type": "text", "text": "What?", "video": None, "image": None},
+                             {"type": "video", "text": None, "video": "a.mp4", "image": None}]),
+                       answer([{"type": "text", "text": "red", "video": None}])]},
+         [("user", "What?<a.mp4>"), ("assistant", "red")]),
+        ({"videos": ["a.mp4"], "messages": [user([text("<video>What?")]), answer("red")]}, ASKED),
+        ({"videos": ["a.mp4"], "messages": [
+            user("<|vision_start|><|video_pad|><|vision_end|>What?"), answer("red")]}, ASKED),
+        ({"videos": ["1.png", "2.png"], "messages": [user("<video>What?"), answer("red")]},
+         [("user", "<['1.png', '2.png']>What?"), ("assistant", "red")]),
+        ({"video": ["1.png", "2.png"], "messages": [user("What?"), answer("red")]},
+         [("user", "<['1.png', '2.png']>What?"), ("assistant", "red")]),
+        ({"images": ["1.png", "2.png"], "messages": [user("<image><image>?"), answer("red")]},
+         [("user", "<1.png><2.png>?"), ("assistant", "red")]),
+        ({"videos": ["a.mp4"], "messages": [user("<video>Which tag?"), answer("The <video> tag.")]},
+         [("user", "<a.mp4>Which tag?"), ("assistant", "The <video> tag.")]),
+        ({"video": "", "messages": [user("1 + 1?"), answer("2")]},
+         [("user", "1 + 1?"), ("assistant", "2")]),
+        ({"video": "a.mp4", "video_name": "a.mp4", "id": 7, "duration": 3.5, "messages": TURNS},
+         ASKED),
+    ],
+)  # fmt: skip
+def test_rows_as_people_have_them_are_taken(row, expected):
+    assert said(row) == expected
+
+
+def test_settings_beside_a_video_are_the_videos():
+    row = {"video": "a.mp4", "video_start": 1.0, "video_end": 2.0, "max_pixels": 50176}
+    [part, _] = parse_row({**row, "messages": TURNS})[0]["content"]
+    assert part == video(video_start=1.0, video_end=2.0, max_pixels=50176)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (None, "a row is an object .* not None"),
+        ("x", "not 'x'"),
+        ([ROW, ROW], "a row is an object"),
+        ({"video": "a.mp4", "conversations": ["a", "b"]}, "list of turns, not \\['a', 'b'\\]"),
+        ({"messages": TURNS, "conversations": ROW["conversations"]}, "messages and conversations"),
+        ({"video": "a.mp4", "question": "What?"}, "the row has question, where"),
+        ({"video": "a.mp4", "question": "?", "answer": "A", "options": ["x"]}, "has options"),
+        ({"video": "a.mp4", "messages": TURNS, "objects": {"ref": ["x"]}}, "has objects"),
+        ({"video": "a.mp4", "audio": "a.wav", "messages": TURNS}, "has audio"),
+        ({"video": "a.mp4", "start": 1, "end": 2, "messages": TURNS}, "name them video_start"),
+        ({"video": "a.mp4", "nframes": 8, "messages": TURNS}, "has nframes"),
+        ({"videos": ["a.mp4", "b.mp4"], "video_start": 1, "messages": [user("<video><video>?"),
+                                                                      answer("x")]},
+         "video_start for 2 videos"),
+        ({"video_start": 1, "messages": [user([video(video_start=2), text("?")]), answer("x")]},
+         "both have video_start"),
+        ({"video": "a.mp4", "system": "A",
+          "messages": [{"role": "system", "content": "B"}, *TURNS]},
+         "a system text and a turn"),
+        ({"video": "a.mp4", "messages": [TURNS[0], answer("red", loss=0.5)]}, "loss 0.5"),
+        ({"video": "a.mp4", "messages": [TURNS[0], answer("red", loss=False)]}, "nothing to learn"),
+        ({"video": "a.mp4", "messages": [*TURNS[:1], answer("red", tool_calls=[{"x": 1}])]},
+         "tool_calls, which is not read"),
+        ({"video_path": "a.mp4", "conversations": ROW["conversations"]}, "has video_path"),
+        ({"video": "a.mp4", "image_path": "b.png", "messages": TURNS}, "has image_path"),
+        ({"frames": ["1.jpg"], "messages": TURNS}, "has frames"),
+        ({"video": None, "messages": TURNS}, "text has <video>, but its video is empty"),
+        ({"messages": TURNS}, "text has <video>, but it has no image or video"),
+        ({"video": "a.mp4", "videos": ["b.mp4"], "messages": TURNS}, "both video and videos"),
+        ({"videos": ["1.png", "2.png"], "messages": [user("<video><video>?"), answer("x")]},
+         "2 pictures as videos, and its text has 2 tags"),
+        ({"videos": ["a.mp4"], "messages": [answer("<video> is a circle.")]}, "a user's turn"),
+        ({"messages": [user("?"), answer([video(), text("red")])]}, "put it into a user's turn"),
+        ({"messages": [user([{"type": "audio", "audio": "a.wav"}]), answer("x")]}, "a part is"),
+        ({"messages": [user([{"type": "image_url",
+                              "image_url": {"url": "b.png", "detail": "low"}}]), answer("x")]}, "an image has detail"),
+        ({"messages": [user([{"type": "image", "image": "b.png", "max_pixels": 784}]),
+                       answer("x")]},
+         "an image has max_pixels"),
+        ({"messages": [user([{"type": "video", "video": "a.mp4", "path": "b.mp4"}]), answer("x")]},
+         "has video and path"),
+        ({"messages": [user([True]), answer("x")]}, "text and parts, not True"),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_is_refused_by_name(row, words):
+    with pytest.raises(ValueError, match=words):
+        parse_row(row)
+
+
+def test_frames_of_a_folder_come_by_their_numbers(tmp_path):
+    (tmp_path / "frames").mkdir()
+    for number in (1, 2, 9, 10, 11):
+        Image.new("RGB", (28, 28)).save(tmp_path / "frames" / f"{number}.png")
+    (tmp_path / "frames" / "._1.png").touch()
+    (tmp_path / "empty").mkdir()
+    row = {"video": "frames", "messages": TURNS}
+    [part, _] = to_messages(row, tmp_path)[0]["content"]
+    assert [name.rpartition("/")[2] for name in part["video"]] == [
+        "1.png", "2.png", "9.png", "10.png", "11.png",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="has no pictures"):
+        to_messages({**row, "video": "empty"}, tmp_path)
+
+
+def test_media_that_are_stored_in_a_row(folder):
+    picture = io.BytesIO()
+    Image.new("RGB", (56, 28), "red").save(picture, "png")
+    stored = {"bytes": picture.getvalue(), "path": None}
+    row = {"images": [stored], "videos": [[stored, stored]], "messages": [
+        user("<image><video>?"), answer("x"),
+    ]}  # fmt: skip
+    image, frames, _ = to_messages(row, folder)[0]["content"]
+    assert image["image"].size == (56, 28)
+    assert [frame.size for frame in frames["video"]] == [(56, 28)] * 2
+    row = {**ROW, "video": {"bytes": (folder / ROW["video"]).read_bytes(), "path": "gone.mp4"}}
+    whole, _ = to_messages(row, folder)[0]["content"]
+    assert whole["video"].read() == (folder / ROW["video"]).read_bytes()
+    address = {**ROW, "video": (folder / ROW["video"]).as_uri().replace("videos", "%76ideos")}
+    assert to_messages(address, folder) == to_messages(ROW, folder)
+
+
+def test_answers_that_are_not_learned_have_no_labels(processor, folder):
+    row = {"messages": [user("?"), answer("blue", loss=False), user("Sure?"), answer("red")]}
+    data = Conversations([str(write_rows(folder / "loss.jsonl", [row]))], processor)
+    labels = data[0]["labels"]
+    assert processor.tokenizer.decode(labels[labels != -100]) == "red<|im_end|>"
+    assert "blue" in processor.tokenizer.decode(data[0]["input_ids"])
+
+
+# Where rows come from.
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "count"),
+    [
+        ("bom.jsonl", b"\xef\xbb\xbf" + json.dumps(ROW).encode(), 1),
+        ("list.jsonl", json.dumps([ROW, ROW]).encode(), 2),
+        ("lines.json", "\n".join([json.dumps(ROW)] * 2).encode(), 2),
+        ("one.json", json.dumps(ROW).encode(), 1),
+        ("keyed.json", json.dumps({"version": 1, "data": [ROW, ROW]}).encode(), 2),
+        ("dict.json", json.dumps({"a": ROW, "b": ROW}).encode(), 2),
+        ("set.JSONL", json.dumps(ROW).encode(), 1),
+    ],
+)
+def test_json_is_read_by_its_content(tmp_path, name, content, count):
+    (tmp_path / name).write_bytes(content)
+    rows, folder = read_rows(str(tmp_path / name))
+    assert list(rows) == [ROW] * count and folder == tmp_path
+
+
+def test_files_that_hold_no_rows_say_so(tmp_path):
+    (tmp_path / "broken.json").write_text('{"a": 1}\n{"b": ')
+    with pytest.raises(ValueError, match="neither JSON .* nor JSON Lines .*line 2"):
+        read_rows(str(tmp_path / "broken.json"))
+    (tmp_path / "none.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="neither a list of rows nor one row"):
+        read_rows(str(tmp_path / "none.json"))
+    (tmp_path / "short.csv").write_text("video,question,answer\na.mp4,What?\n")
+    with pytest.raises(ValueError, match="row 1 has not as many cells"):
+        read_rows(str(tmp_path / "short.csv"))
+
+
+def test_tables_with_questions_need_no_other_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    (tmp_path / "a.csv").write_text(
+        '\ufeffvideo,question,answer\na.mp4,"What, then?",3\n,1 + 1?,2\n'
+    )
+    (tmp_path / "a.tsv").write_text("video\tquestion\tanswer\na.mp4\tWhat, then?\t3\n\t1 + 1?\t2\n")
+    for name in ("a.csv", "a.tsv"):
+        rows, _ = read_rows(str(tmp_path / name))
+        assert [said(row) for row in rows] == [
+            [("user", "<a.mp4>What, then?"), ("assistant", "3")],
+            [("user", "1 + 1?"), ("assistant", "2")],
+        ]
+
+
+def test_data_sets_with_media_inside_are_read_undecoded(folder, tmp_path):
+    import datasets
+
+    films = tmp_path / "films"
+    films.mkdir()
+    shutil.copy(folder / ROW["video"], films / "a.mp4")
+    (films / "metadata.csv").write_text("file_name,question,answer\na.mp4,What?,red\n")
+    [row] = read_rows(str(films))[0]
+    assert said({**row, "video": "a.mp4"}) == ASKED
+    assert to_messages(row, tmp_path)[0]["content"][0]["video"] == str(films / "a.mp4")
+
+    picture = str(folder / "red.png")
+    row = {"messages": [user("<image>What?"), answer("red")], "images": [picture]}
+    stored = datasets.Dataset.from_list([row]).cast_column(
+        "images", datasets.List(datasets.Image())
+    )
+    stored.to_parquet(str(tmp_path / "a.parquet"))
+    stored.save_to_disk(str(tmp_path / "disk"))
+    for name in ("a.parquet", "disk"):
+        [read] = read_rows(str(tmp_path / name))[0]
+        assert set(read["images"][0]) == {"bytes", "path"}
+        [image, _] = to_messages(read, folder)[0]["content"]
+        size = image["image"].size if read["images"][0]["bytes"] else None
+        assert size == (120, 90) or image["image"] == picture
+
+
+def test_a_share_is_a_number_after_the_last_percent_sign(tmp_path):
+    assert split_share("a%20b.json%50") == ("a%20b.json", 50)
+    assert split_share("a%20b.json") == ("a%20b.json", None)
+    (tmp_path / "a%20").mkdir()
+    assert split_share(str(tmp_path / "a%20")) == (str(tmp_path / "a%20"), None)
+
+
+ODD = [
+    None,
+    "x",
+    {"video": ROW["video"], "conversations": ["a", "b"]},
+    {"messages": 7},
+    {**ROW, "video": {"a": 1}},
+    {"messages": [user([{"video": ROW["video"]}, {"text": "What?"}]), answer("red")]},
+]
+
+
+def test_one_function_decides_what_a_row_is(processor, folder, tmp_path):
+    """The dry run, training and the count of kinds agree on rows that are odd in any way."""
+    path = write_rows(folder / "odd.jsonl", [TEXT_ROW, *ODD])
+    data = Conversations([str(path)], processor)
+    assert data.kinds_of_media() == 1  # the last one has a video, the others are skipped
+    skipped = [bool(data.measured(index)["notes"]) for index in range(len(data))]
+    assert skipped == [False, True, True, True, True, True, False]
+    trainer = run(path, tmp_path, max_steps=1, per_device_train_batch_size=7)
+    assert trainer.state.log_history[0]["skipped_samples"] == 5
+
+
+def test_arrays_of_frames_may_stand_in_a_row(processor, folder):
+    frames = np.zeros((4, 56, 56, 3), np.uint8)
+    data = Conversations([str(write_rows(folder / "one.jsonl", [ROW]))], processor)
+    row = {"messages": [user([video(frames, fps=2.0), text("?")]), answer("x")]}
+    item = data.encode(data.prepare(to_messages(row, folder)))
+    assert item["video_grid_thw"].tolist() == [[2, 4, 4]]

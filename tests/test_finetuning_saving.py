@@ -1,0 +1,219 @@
+"""What finetune.py saves, pushes and resumes from."""
+
+import json
+import shutil
+import signal
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from commands.checkpoint_files import REQUIRED_FILES
+from commands.finetuning_saving import COMPLETE, whole_checkpoints
+from finetuning import flags, logits_of, losses, run, start
+from paths import ROOT
+
+
+@pytest.mark.parametrize("adapters", [{}, {"lora_r": 2, "lora_dropout": 0.2}], ids=["all", "lora"])
+def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, adapters):
+    settings = adapters | {
+        "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "warmup_steps": 2,
+        "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "gate_lr": 1e-2,
+        "gradient_checkpointing": True,
+    }  # fmt: skip
+    data = folder / "clips.jsonl"
+    whole = run(data, tmp_path / "whole", **settings)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    again = run(data, tmp_path / "again", resume_from_checkpoint="last", **settings)
+    assert losses(again) == losses(whole) and len(losses(whole)) == 6
+    ours, theirs = again.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [one.name for one in whole_checkpoints(tmp_path / "whole")] == [
+        "checkpoint-3", "checkpoint-6",
+    ]  # fmt: skip
+
+
+def test_resuming_from_other_weights_is_an_error(folder, tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "lora_r": 2}
+    checkpoint = tmp_path / "checkpoint-1"
+    run(folder / "clips.jsonl", tmp_path, **settings)
+    modules = "q_proj,k_proj,v_proj,o_proj,up_proj"
+    with pytest.raises(ValueError, match="the checkpoint lacks 8 weights .* has 0 others"):
+        run(folder / "clips.jsonl", tmp_path, **settings, lora_modules=modules,
+            resume_from_checkpoint=checkpoint)  # fmt: skip
+    weights = load_file(checkpoint / "adapter_model.safetensors")
+    gate = next(name for name in weights if name.endswith("layers.1.self_attn.g_proj_2.weight"))
+    weights[gate.replace("layers.1", "layers.9")] = weights.pop(gate)
+    save_file(weights, checkpoint / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the checkpoint lacks 1 weights .* has 1 others"):
+        run(folder / "clips.jsonl", tmp_path, **settings, resume_from_checkpoint=checkpoint)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import finetune
+from transformers import TrainerState
+save = TrainerState.save_to_json
+def die(self, path):
+    if self.global_step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, path)
+TrainerState.save_to_json = die
+finetune.main()
+"""
+
+
+def test_a_kill_during_a_save_leaves_the_last_whole_checkpoint(folder, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(root=str(ROOT)))
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    argv = flags(folder / "clips.jsonl", tmp_path / "out", **settings)
+    assert start(script, argv).returncode == -signal.SIGKILL
+    assert [path.name for path in whole_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+    half = tmp_path / "out" / "checkpoint-2"
+    assert (half / "model.safetensors").exists() and (half / "optimizer.pt").exists()
+    with pytest.raises(ValueError, match=f"no file {COMPLETE}.* is .*checkpoint-1"):
+        run(folder / "clips.jsonl", tmp_path / "out", **settings, resume_from_checkpoint=half)
+    again = run(folder / "clips.jsonl", tmp_path / "out", **settings, resume_from_checkpoint="last")
+    assert again.state.global_step == 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if "ch" in path.name[:2]) == [
+        "chat_template.jinja", "checkpoint-3",
+    ]  # fmt: skip
+    never_killed = run(folder / "clips.jsonl", tmp_path / "new", max_steps=3)
+    assert losses(again) == losses(never_killed)
+
+
+def test_what_is_saved_loads_by_itself(folder, tmp_path, batch):
+    out = tmp_path / "out"
+    trainer = run(folder / "clips.jsonl", out, max_steps=2, save_strategy="steps", save_steps=2)
+    config = json.loads((out / "config.json").read_text())
+    assert config["text_config"]["use_cache"] and config.get("use_cache", True)
+    for saved in (out, out / "checkpoint-2"):
+        moved = tmp_path / f"moved_{saved.name}"
+        shutil.copytree(saved, moved)
+        model = AutoModelForImageTextToText.from_pretrained(moved, trust_remote_code=True)
+        assert torch.equal(logits_of(model, batch), logits_of(trainer.model, batch))
+        processor = AutoProcessor.from_pretrained(moved, trust_remote_code=True)
+        assert type(processor).__name__ == "VideoNSAProcessor"
+
+
+def test_adapters_load_with_their_gates_and_merge(folder, tmp_path, batch, model):
+    import peft
+
+    out = tmp_path / "out"
+    trainer = run(folder / "clips.jsonl", out, max_steps=3, lora_r=2, gate_lr=1e-2, merge_lora=True)
+    expected = logits_of(trainer.model, batch)
+    base = AutoModelForImageTextToText.from_pretrained(
+        ROOT, trust_remote_code=True, dtype=torch.float32
+    )
+    adapted = peft.PeftModel.from_pretrained(base, out / "adapter")
+    assert torch.equal(logits_of(adapted, batch), expected)
+    merged = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+    torch.testing.assert_close(logits_of(merged, batch), expected, rtol=1e-4, atol=1e-4)
+
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    gates = {n: p for n, p in trained.items() if ".g_proj_" in n}
+    assert gates and not torch.equal(expected, logits_of(model, batch))
+    for name, gate in gates.items():
+        plain = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+        assert torch.equal(merged.get_parameter(plain), gate), name
+        assert torch.equal(adapted.get_parameter(name), gate), name
+        last = f".layers.{model.config.text_config.num_hidden_layers - 1}." in name
+        assert torch.equal(model.get_parameter(plain), gate) == last, name
+
+
+class Hub:
+    """Stands for the Hub: commits go to a folder, as `HfApi.upload_folder` would make them."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.commits = folder, []
+        repo = SimpleNamespace(repo_id="someone/tuned")
+        monkeypatch.setattr(HfApi, "create_repo", lambda api, *args, **kwargs: repo)
+        monkeypatch.setattr(HfApi, "upload_folder", self.upload)
+        monkeypatch.setattr(HfApi, "run_as_future", self.run)
+
+    @staticmethod
+    def run(api, function, *args):
+        future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def upload(
+        self, *, repo_id, folder_path, commit_message, path_in_repo="", allow_patterns="*",
+        delete_patterns=None, **access,
+    ):  # fmt: skip
+        assert repo_id == "someone/tuned"
+        self.commits.append(commit_message)
+        source, target = Path(folder_path), self.folder / path_in_repo
+        names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+        there = [str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(there, allow_patterns=delete_patterns or []):
+            (target / name).unlink()
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, target / name)
+
+
+def names_in(folder):
+    return {path.name for path in Path(folder).iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "whole"),
+    [
+        ({}, True),
+        ({"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}, True),
+        ({"lora_r": 2}, False),
+        ({"lora_r": 2, "save_strategy": "steps", "save_steps": 1}, False),
+        ({"lora_r": 2, "merge_lora": True}, True),
+        ({"lora_r": 2, "merge_lora": True, "save_strategy": "steps", "save_steps": 1}, True),
+        ({"lora_r": 2, "merge_lora": True, "hub_strategy": "all_checkpoints",
+          "save_strategy": "epoch"}, True),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_folder_and_the_hub_hold_what_was_trained(
+    folder, tmp_path, monkeypatch, batch, settings, whole
+):
+    import peft
+
+    out, repo = tmp_path / "out", tmp_path / "hub"
+    hub = Hub(repo, monkeypatch)
+    trainer = run(
+        folder / "clips.jsonl", out, max_steps=2, gate_lr=1e-2, push_to_hub=True, **settings
+    )
+    expected = logits_of(trainer.model, batch)
+    saves = {"steps": 2, "epoch": 1, "no": 0}[settings.get("save_strategy", "no")]
+    saves *= 2 if "hub_strategy" in settings else 1
+    assert len(hub.commits) == saves + 1 and hub.commits[-1] == "End of training"
+    for place in (out, repo, *whole_checkpoints(out)[-1:]):
+        names = names_in(place)
+        adapter = {"adapter_config.json", "adapter_model.safetensors"}
+        if place.parent == out and "lora_r" in settings or not whole:
+            assert adapter < names and not {"config.json", "model.safetensors"} & names
+        else:
+            assert not adapter & names and set(REQUIRED_FILES) | {"model.safetensors"} < names
+        source = ROOT if adapter < names else place
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            source, trust_remote_code=True, dtype=torch.float32
+        )
+        if adapter < names:
+            loaded = peft.PeftModel.from_pretrained(loaded, place)
+        logits = logits_of(loaded, batch)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        processor = AutoProcessor.from_pretrained(place, trust_remote_code=True)
+        assert type(processor).__name__ == "VideoNSAProcessor"
+        card = (place / "README.md").read_text()
+        assert str(folder) not in card and str(ROOT) not in card and str(tmp_path) not in card
+        assert "`clips.jsonl`" in card
+    assert not {"data_report.jsonl", "training_args.bin", COMPLETE} & names_in(repo)
