@@ -323,7 +323,8 @@ class VideoNSAModel(Qwen2_5_VLModel):
         **kwargs,
     ):
         """vision and valid bool [B, cached + new] or None; returns the last chunk's outputs."""
-        if cache_of(kwargs) is None:
+        cache = cache_of(kwargs)
+        if cache is None:
             raise ValueError(
                 "the prompt cannot be read in chunks without a cache: leave use_cache on, or unset "
                 "prefill_chunk_size."
@@ -339,7 +340,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
             seen, present = (None if x is None else x[:, : cached + end] for x in (vision, valid))
             outputs = super().forward(
                 inputs_embeds=put_features(embeds, media, start, end),
-                attention_mask=mask_of_chunk(attention_mask, start, end, cached),
+                attention_mask=mask_of_chunk(attention_mask, start, end, cache, cached),
                 position_ids=None if position_ids is None else position_ids[..., start:end],
                 nsa_plan=None if vision is None else make_plan(seen, end - start, present),
                 return_dict=True,

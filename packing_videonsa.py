@@ -115,15 +115,18 @@ def valid_tokens(attention_mask: torch.Tensor | dict | None, length: int) -> tor
 
 
 def mask_of_chunk(
-    attention_mask: torch.Tensor | dict | None, start: int, end: int, cached: int
+    attention_mask: torch.Tensor | dict | None, start: int, end: int, cache, cached: int
 ) -> torch.Tensor | dict | None:
-    """The mask for the new tokens from start to end alone, in the form in which it came."""
+    """The mask of the new tokens from start to end, after `cached` ones, in the form it came in."""
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask["full_attention"]
     if attention_mask is None:  # also where the library left a causal mask out
         return None
     if attention_mask.ndim == 4:
-        return {"full_attention": attention_mask[:, :, start:end]}
+        attention_mask = attention_mask[:, :, start:end]
+        if not cache.is_compileable:  # a static cache always has all of its keys
+            attention_mask = attention_mask[..., : cached + end]
+        return {"full_attention": attention_mask}
     return attention_mask[:, : cached + end]
 
 

@@ -449,6 +449,57 @@ def test_a_cropped_cache_goes_on_where_it_was_cut(model, prompts):
             torch.testing.assert_close(actual, expected, **CLOSE)
 
 
+def positions_after(model, cache, **inputs):
+    """Positions over time of the new tokens of a call, [B, S]."""
+    seen = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs["position_ids"][0]), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            model(**inputs, **as_input(cache))
+    finally:
+        hook.remove()
+    return seen[0].tolist()
+
+
+def test_text_goes_on_past_the_largest_position_of_a_row_padded_on_the_right(model, prompts):
+    ids, media = prompts.row(2, ("image", 1, 6), 1)  # the image reaches position 8
+    inputs = prompts.batch((ids, media), prompts.row(len(ids) + 3))
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        inputs[name][0] = inputs[name][0].roll(-3)
+    cache = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        model(**inputs, **as_input(cache))
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 2, dtype=torch.long)], dim=1)
+    new = {"input_ids": torch.full((2, 2), 9), "attention_mask": mask}
+    assert positions_after(model, cache, **new) == [[11, 12], [14, 15]]
+
+
+def test_text_goes_on_past_the_largest_position_of_a_medium_that_was_cut(model, prompts):
+    """The second row of a wide image starts again on the left, but not the positions."""
+    ids, media = prompts.row(2, ("image", 2, 6), 1)
+    cache = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        model(**prompts.batch((ids, media)), **as_input(cache))
+    cache.crop(3 + 6 + 1 - len(ids))
+    assert positions_after(model, cache, input_ids=torch.tensor([[9, 9]])) == [[9, 10]]
+
+
+def test_one_token_that_was_cropped_is_forgotten(model, prompts):
+    """The last token of an image, in whose place text comes and then another image."""
+    ids, media = prompts.row(2, ("image", 1, 3))
+    cache = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        model(**prompts.batch((ids[:-1], media)), **as_input(cache))
+        cache.crop(-1)
+        model(input_ids=torch.tensor([[9]]), **as_input(cache))
+        new = prompts.batch(prompts.row(("image", 1, 1)))
+        del new["attention_mask"]
+        model(**new, **as_input(cache))
+    assert cache.nsa_state.vision.int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 1, 0]]
+
+
 def test_a_prompt_fed_by_hand_in_chunks(model, prompts):
     """Chunks that cut a video: the caller gives the positions, the cache keeps the rest."""
     row = prompts.row(3, ("video", 6, 2, 2), 5)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     apply_rotary_pos_emb,
@@ -248,6 +249,43 @@ def test_packed_samples_equal_separate_ones(model, prompts):
     torch.testing.assert_close(actual, torch.cat(separate, dim=1), **CLOSE)
 
 
+def test_a_packed_sample_may_be_one_token(model, prompts):
+    rows = [prompts.row(1), prompts.row(("video", 2, 2, 2), 2), prompts.row(1), prompts.row(1)]
+    separate = [logits(model, prompts.batch(row)) for row in rows]
+    own = [own_positions(model, prompts.batch(row)) for row in rows]
+    own = [torch.cat([torch.arange(x.shape[2])[None, None], x]) for x in own]
+    packed = prompts.batch((sum((ids for ids, _ in rows), []), rows[1][1]))
+    del packed["attention_mask"]
+    actual = logits(model, packed, position_ids=torch.cat(own, dim=2), use_cache=False)
+    torch.testing.assert_close(actual, torch.cat(separate, dim=1), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["whole", "chunks", "chunks onto a static cache"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["tensor", "dict"])
+def test_a_mask_of_all_pairs_equals_one_of_tokens(model, prompts, wrapped, dtype, kind):
+    rows = [prompts.row(2, ("video", 3, 2, 2), 3), prompts.row(24)]
+    inputs = prompts.batch(*rows)
+    length, config = inputs["input_ids"].shape[1], model.config.text_config
+    static = "static" in kind
+    inputs["position_ids"] = own_positions(model, inputs)
+
+    def run():
+        with torch.no_grad():
+            cache = StaticCache(config, max_cache_len=length) if static else DynamicCache()
+            size = None if kind == "whole" else 7
+            outputs = model.model(**inputs, past_key_values=cache, nsa_chunk_size=size)
+        return outputs.last_hidden_state[:, -3:]
+
+    expected = run()
+    seen = inputs["attention_mask"].bool()[:, None, None, :]
+    mask = seen & torch.ones(length, length, dtype=torch.bool).tril()
+    if dtype != torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(dtype).min)
+    inputs["attention_mask"] = {"full_attention": mask} if wrapped else mask
+    torch.testing.assert_close(run(), expected, **CLOSE)
+
+
 # Positions
 
 
@@ -311,6 +349,15 @@ def test_padding_does_not_shift_positions(model, prompts):
 def test_a_placeholder_without_a_grid_is_named(model):
     with pytest.raises(ValueError, match="hold 4 tokens with id 2 that no grid accounts for"):
         model.model.get_rope_index(torch.tensor([[5, VIDEO, VIDEO, VIDEO, VIDEO]]))
+
+
+def test_missing_seconds_are_one_second_a_step(model, prompts):
+    row = prompts.row(2, ("video", 4, 2, 2), 3, ("video", 2, 2, 2), 2)
+    inputs = prompts.batch(row, seconds=1.0)
+    expected = logits(model, inputs)
+    del inputs["second_per_grid_ts"]
+    assert torch.equal(logits(model, inputs), expected)
+    assert not torch.equal(logits(model, prompts.batch(row, seconds=0.5)), expected)
 
 
 # Training

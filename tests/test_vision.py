@@ -227,6 +227,21 @@ def test_only_one_adapter_trains():
     assert adapters and all(x.grad is not None and x.grad.any() for x in adapters)
 
 
+def test_angles_that_mixed_precision_cast_are_computed_with_in_float32():
+    """As FSDP casts a block's inputs; the stock tower computes with them in float32, too."""
+    torch.manual_seed(0)
+    _, ours = towers()
+    attention = ours.blocks[0].attn.bfloat16()
+    x = torch.randn(16, 2 * attention.head_dim, dtype=torch.bfloat16)
+    angles = torch.randn(16, attention.head_dim)
+    cast = angles.cos().bfloat16(), angles.sin().bfloat16()
+    whole = vision.Sequences([(1, 16)], None, None)
+    with torch.no_grad():
+        actual = attention(x, sequences=whole, position_embeddings=cast)
+        wide = attention(x, sequences=whole, position_embeddings=[y.float() for y in cast])
+    assert torch.equal(actual, wide)
+
+
 def test_hidden_states_lie_as_stock_gives_them():
     stock, ours = towers()
     inputs = pixels_of(stock, MEDIA["odd video"])
