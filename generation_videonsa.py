@@ -95,11 +95,14 @@ class VideoNSAGenerationMixin(GenerationMixin):
         """The library cuts a prompt before its media are encoded, or refuses to. So it is told of
         no chunks, and the model gets their size: it encodes and reads chunk by chunk.
         """
+        cache = cache_of(model_kwargs)
+        if cache is None or not cache.get_seq_length():
+            is_first_iteration = True  # of an assistant too, which would lose its images otherwise
         size = generation_config.prefill_chunk_size
         if size is not None:
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
-        elif cache_of(model_kwargs) is not None and not (
+        elif cache is not None and not (
             generation_config.output_hidden_states or generation_config.output_attentions
         ):
             if any(model_kwargs.get(pixels) is not None for pixels in PIXELS.values()):

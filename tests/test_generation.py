@@ -641,3 +641,18 @@ def test_a_grid_without_pixels_is_refused(model, prompts):
 def test_chunks_without_a_cache_are_refused(model, prompts, rows):
     with pytest.raises(ValueError, match="without a cache"):
         model.generate(**prompts.batch(rows[1]), **GREEDY, prefill_chunk_size=4, use_cache=False)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_an_assistant_reads_the_media_and_changes_nothing(model, prompts, rows, chunk):
+    inputs = prompts.batch(rows[1])
+    expected, _ = generate(model, inputs)
+    assistant, calls = make_model(), []
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0
+    watch = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    actual, _ = generate(model, inputs, assistant_model=assistant, prefill_chunk_size=chunk)
+    watch.remove()
+    assert torch.equal(actual, expected)
+    assert len(calls) == 2  # of 8 tokens: each call keeps three of the assistant's and adds one
