@@ -8,11 +8,11 @@ Settings come as flags, from a YAML or JSON file, or both, where flags win. Besi
 are all of the Trainer's (--per_device_train_batch_size, --gradient_accumulation_steps, --bf16,
 --gradient_checkpointing, --report_to, --push_to_hub, ...).
 
---data takes .json, .jsonl and .parquet files, folders and ids on the Hub; "name%50" takes a random
-half of one; commands/finetuning_data.py describes the layouts. Paths of media start from the folder
-of their file, or from --data_root. Media that cannot be read are skipped; those and conversations
-that gave up frames for --max_tokens are listed in data_report.jsonl in the output folder. --dry_run
-goes through the data, says what training on it would take, and trains nothing.
+--data takes .json, .jsonl, .csv, .tsv and .parquet files, folders and ids on the Hub; "name%50"
+takes a random half of one; docs/training.md lists the layouts of rows. Paths of media start from
+the folder of their file, or from --data_root. Rows that cannot be read are skipped; those and
+conversations that gave up frames for --max_tokens are listed in data_report.jsonl in the output
+folder. --dry_run goes through the data, says what training on it would take, and trains nothing.
 
 --train names what trains: vision (the tower), merger, llm, gates. With --lora_r, vision and llm get
 adapters, and merger and gates train whole beside them. What trains is kept in float32; the rest is
