@@ -1,4 +1,4 @@
-"""README.md's table of versions says what the constraints hold, and its lowest Python takes them."""
+"""README.md's table of versions says what the constraints hold; its lowest Python takes them."""
 
 import re
 import tomllib
