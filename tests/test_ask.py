@@ -1,5 +1,6 @@
 """ask.py from the shell's side: what it prints, its errors, and turns on one cache."""
 
+import functools
 import importlib.util
 import inspect
 import io
@@ -78,12 +79,14 @@ def test_a_prompt_longer_than_the_model_was_made_for_is_answered_with_one_notice
 def test_ctrl_c_ends_it_at_once(folder):
     command = [sys.executable, "-u", ROOT / "ask.py", "five.mp4", "What?", "--fps", "10"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=folder, **pipes) as process:
+    # As from a terminal, also where these tests were started with SIGINT ignored (nohup).
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=folder, preexec_fn=heed, **pipes) as process:
         for line in process.stdout:
             if "MiB weights" in line:
                 break
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "Traceback" not in error
 

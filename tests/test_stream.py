@@ -3,6 +3,7 @@
 import _thread
 import copy
 import gc
+import signal
 import subprocess
 import sys
 import threading
@@ -296,7 +297,15 @@ def test_a_file_that_is_shorter_than_it_was_measured(processor, folder, module, 
         out["pixel_values_videos"][:]
 
 
-def test_ctrl_c_ends_a_read_that_waits(processor, folder, module, monkeypatch):
+@pytest.fixture
+def heeding_sigint():
+    """SIGINT interrupts, also where these tests were started with it ignored (nohup)."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_ctrl_c_ends_a_read_that_waits(processor, folder, module, monkeypatch, heeding_sigint):
     """A signal comes while the reader waits for a frame that does not come."""
     here, go_on = threading.Event(), threading.Event()
     original = module.VideoFile.image
