@@ -64,7 +64,8 @@ _NEGATED = re.compile(
     r"(?:\b"
     + _any(
         "not, cannot, never, unlikely, neither, nor, rather than, instead of, except, except for",
-        "other than, unlike, no longer, all but, anything but, everything but, any but, wrong",
+        "other than, more than, less than, fewer than, unlike, no longer, all but, anything but",
+        "everything but, any but, wrong",
         "rul(?:e[sd]?|ing) out, eliminat(?:e[sd]?|ing), exclud(?:e[sd]?|ing), reject(?:s|ed|ing)?",
     )
     + rf"\b|n'?\s?t\b)(?:\s+{_BRIDGE}\b|\s*[:,(\[])*\s*$|(?:不是|不选|而非|排除)\s*$",
@@ -198,7 +199,8 @@ def _mentions(text):
             # "A and B is wrong" says it of B alone.
             last = " and " in group[0] and _ONE_OF_THEM.match(after)
             letters = letters[:-1] if last else []
-        supposed = re.match(r"\s*\?", after) or _SUPPOSED.search(before)
+        # "A?" is asked; "A or", of which the rest is missing or no letter, is left open.
+        supposed = re.match(r"\s*\?|\s+or\b", after) or _SUPPOSED.search(before)
         if not letters or supposed or _NEGATED.search(before):
             continue
         led = bool(_LED.search(before) or _CONFIRMED.match(after))
@@ -209,7 +211,10 @@ def _mentions(text):
 def options_of(prompt):
     """The options that a prompt lists, letter to words: "A. ...", "(A) ...", or as a dict."""
     if match := re.search(r"\{'A': .*\}", prompt):
-        return ast.literal_eval(match[0])
+        try:
+            return ast.literal_eval(match[0])
+        except (ValueError, SyntaxError):  # it only looks like one
+            pass
     options = {}
     for letter, words in re.findall(r"^[ \t]*\(?([A-Z])[.):][ \t]*(\S.*)$", prompt, re.MULTILINE):
         if letter == "A":

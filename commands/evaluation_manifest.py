@@ -251,13 +251,23 @@ def digest(value):
 
 
 def weights_digest(model):
-    """A digest of the weights that are loaded, wherever they came from."""
+    """A digest of the weights that are loaded, wherever they came from and lie."""
     tensors = [
-        (name, str(x.dtype), list(x.shape), int(x.contiguous().view(torch.uint8).sum()))
+        (name, str(x.dtype), list(x.shape), content_of(x))
         for name, x in model.state_dict().items()
         if x.numel()
     ]
     return digest(tensors)
+
+
+def content_of(tensor, chunk=2**24):
+    """A number that changes with the bytes of a tensor and their order, computed where it lies."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = 0
+    for part in tensor.contiguous().view(-1).view(integers[tensor.itemsize]).split(chunk):
+        weights = torch.arange(1, len(part) + 1, device=part.device)
+        total = (total * 31 + int((part * weights).sum())) % 2**61
+    return total
 
 
 def code_digest(*loaded):

@@ -7,6 +7,8 @@ import yaml
 from huggingface_hub import ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from commands.checkpoint_files import file_inside
+
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CARD = """\
 ---
@@ -111,8 +113,10 @@ def base_model(source: str | Path, revision: str | None = None) -> str | None:
 
 def find_file(source: str | Path, name: str, revision: str | None = None) -> Path | None:
     """The file `name` of a folder or Hub id, downloaded if need be; None where it has none."""
-    path = Path(source).expanduser() / name
-    if not path.parent.is_dir():
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        path = file_inside(folder, name)
+    else:
         try:
             path = Path(hf_hub_download(str(source), name, revision=revision))
         except (EntryNotFoundError, LocalEntryNotFoundError):

@@ -316,6 +316,10 @@ def test_other_weights_take_no_old_answer_wherever_they_lie(load, tmp_path):
     assert copied.fingerprint == load().fingerprint
     copied.model.model.language_model.layers[0].self_attn.g_proj_2.bias.data[0] += 0.5
     assert weights_digest(copied.model) != copied.settings["checkpoint"]["weights"]
+    swapped = weights_digest(copied.model)
+    weight = copied.model.model.language_model.layers[0].self_attn.g_proj_2.weight.data
+    weight[[0, 1]] = weight[[1, 0]]
+    assert weights_digest(copied.model) != swapped
     # The code that runs, which is transformers' copy of the checkpoint's.
     for loaded, name in (
         (copied.model, "nsa_reference"),

@@ -183,6 +183,10 @@ MEANS_X = [
 ]
 # ... and these mean nothing, or several.
 MEANS_NONE = [
+    "X or",
+    "The answer is X or",
+    "X or none of them",
+    "The answer is X or something else.",
     "X or Y",
     "Either X or Y.",
     "X and Y",
@@ -349,6 +353,7 @@ def test_a_ninth_option_is_not_the_writer():
     [
         ("red", "B"),
         ("It is not red.", None),
+        ("red or something else, I think a dog", None),
         ("It isn't a dog", None),
         ("It is not a dog but red.", "B"),
         ("It is red, blue rather than red", "C"),
@@ -377,6 +382,23 @@ def test_an_options_words_are_as_good_as_its_letter(text, letter):
 )
 def test_options_are_found_in_a_prompt(prompt):
     assert options_of(prompt) == {"A": "one", "B": "two words"}
+
+
+def test_what_only_looks_like_a_dict_is_none():
+    assert options_of("Which?\n{'A': don't}\nA. one\nB. two") == {"A": "one", "B": "two"}
+
+
+def test_numbers_are_read_as_they_are_meant():
+    options = {"A": "1", "B": "2", "C": "12", "D": "3"}
+    for text, letter in (
+        ("There are 2.", "B"),
+        ("12", "C"),
+        ("2, not 1", "B"),
+        ("more than 2", None),
+        ("2 or 3", None),
+        ("1.5", None),
+    ):
+        assert read_answer(text, options) == letter, text
 
 
 def test_a_prompt_without_options_has_none():

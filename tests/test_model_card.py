@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import metadata_load
 
-from commands.model_card import base_model, write_card
+from commands.model_card import base_model, find_file, write_card
 
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 
@@ -60,6 +60,15 @@ def test_licence_data_and_use_stand_in_the_card(tmp_path):
     assert card["license_link"] == "https://example.org/LICENSE"
     assert card["datasets"] == ["me/clips"]
     assert "**Tuned.**" in text and 'from_pretrained("out", trust_remote_code=True)' in text
+
+
+def test_papers_are_not_read_through_links_out_of_the_folder(tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    source = write_readme(tmp_path / "source", "license: mit")
+    (source / "LICENSE").symlink_to(tmp_path / "secret")
+    assert find_file(source, "README.md") == source / "README.md"
+    with pytest.raises(ValueError, match="LICENSE of .* leads to .*secret, outside"):
+        find_file(source, "LICENSE")
 
 
 def test_a_card_that_cannot_be_read_is_not_passed_over(tmp_path):
