@@ -476,6 +476,23 @@ def test_text_goes_on_past_the_largest_position_of_a_row_padded_on_the_right(mod
     assert positions_after(model, cache, **new) == [[11, 12], [14, 15]]
 
 
+def test_a_turn_that_is_all_padding_moves_no_position(model, prompts):
+    """A row without a second turn, beside one whose second turn is a video."""
+    first, video = prompts.batch(prompts.row(4), prompts.row(4)), prompts.row(("video", 1, 2, 2))
+    cache = DynamicCache(config=model.config.text_config)
+    new = prompts.batch(video)
+    new["input_ids"] = torch.cat([new["input_ids"], torch.zeros_like(new["input_ids"])])
+    seen = torch.cat([torch.ones(2, 4), torch.tensor([[1.0], [0.0]]).expand(2, 6)], dim=1).long()
+    new |= {"attention_mask": seen}
+    del new["mm_token_type_ids"]
+    with torch.no_grad():
+        model(**first, **as_input(cache))
+        model(**new, **as_input(cache))
+    mask = torch.cat([seen, torch.ones(2, 2, dtype=torch.long)], dim=1)
+    last = {"input_ids": torch.full((2, 2), 9), "attention_mask": mask}
+    assert positions_after(model, cache, **last) == [[8, 9], [4, 5]]
+
+
 def test_text_goes_on_past_the_largest_position_of_a_medium_that_was_cut(model, prompts):
     """The second row of a wide image starts again on the left, but not the positions."""
     ids, media = prompts.row(2, ("image", 2, 6), 1)
