@@ -14,7 +14,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from videonsa import modeling_videonsa as modeling
 from videonsa.nsa_reference import nsa_attention
-from videonsa.packing_videonsa import make_plan
+from videonsa.packing_videonsa import make_plan, packed_samples
+from videonsa.positions_videonsa import positions_of_new_tokens, state_of
 
 from paths import ROOT
 from tiny import GROUPS, IMAGE, VIDEO, Prompts, make_model, stock_twin
@@ -286,6 +287,37 @@ def test_a_mask_of_all_pairs_equals_one_of_tokens(model, prompts, wrapped, dtype
     torch.testing.assert_close(run(), expected, **CLOSE)
 
 
+# How a batch is laid out
+
+
+def test_the_plan_of_one_row_copies_nothing():
+    """Two cached text tokens; three vision and two text tokens are new."""
+    plan = make_plan(torch.tensor([[0, 0, 1, 1, 1, 0, 0]]).bool(), 5)
+    assert plan.vision_queries == (0, slice(0, 3)) and plan.vision_keys == (0, slice(2, 5))
+    assert plan.text_queries == (0, slice(3, 5)) and plan.all_keys == (0, slice(0, 7))
+    assert plan.text_positions.tolist() == [5, 6]
+    assert make_plan(torch.tensor([[1, 1, 0]]).bool(), 1) is None
+
+
+def test_the_plan_of_padded_rows():
+    vision = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 0]]).bool()
+    valid = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool()
+    plan = make_plan(vision, 4, valid)
+    assert [x.tolist() for x in plan.vision_queries] == [[0, 0, 1, 1], [2, 3, 0, 2]]
+    assert [x.tolist() for x in plan.text_queries] == [[0, 1, 1], [1, 1, 3]]
+    assert plan.text_positions.tolist() == [0, 1, 3]
+    assert plan.cu_vision_queries.tolist() == [0, 2, 4]
+    assert plan.cu_text_queries.tolist() == [0, 1, 3]
+    assert plan.cu_all_keys.tolist() == [0, 3, 7]
+
+
+def test_samples_of_a_packed_row_count_from_zero():
+    positions = torch.tensor([[0, 0, 1, 2, 0, 1]]).expand(4, 1, 6)
+    assert packed_samples(None, positions).tolist() == [[0, 1, 1, 1, 2, 2]]
+    assert packed_samples(torch.ones(1, 6), positions) is None
+    assert packed_samples(None, positions[1:]) is None
+
+
 # Positions
 
 
@@ -344,6 +376,13 @@ def test_padding_does_not_shift_positions(model, prompts):
     alone, _ = model.model.get_rope_index(torch.tensor([rows[0][0]]), **media)
     assert torch.equal(padded[:, :1, -alone.shape[2] :], alone)
     assert torch.equal(padded[0, 1], torch.arange(30))
+
+
+def test_padding_has_position_zero(model):
+    valid = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
+    state = state_of(None, 0, None, valid)
+    positions = positions_of_new_tokens(model.config, state, 4, valid)
+    assert positions[0].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
 
 
 def test_a_placeholder_without_a_grid_is_named(model):
