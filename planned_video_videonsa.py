@@ -5,23 +5,20 @@
 `VideoPlan`. The plan that was shown is the plan that is read.
 """
 
-import os
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_utils import (
-    ChannelDimension,
-    infer_channel_dimension_format,
-    load_image,
-)
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
-from .video_plan_videonsa import VideoPlan, VideoSettings, resolve_settings
+from .media_sources_videonsa import describe_source, is_file, plain_source
+from .pictures_videonsa import as_tensor, is_picture, load_picture
+from .video_plan_videonsa import VideoPlan
 from .video_reader_videonsa import Remeasure, VideoFile
+from .video_settings_videonsa import VideoSettings, resolve_settings
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +26,7 @@ logger = logging.get_logger(__name__)
 class VideoPart:
     """A video that is not planned yet. No dataclass: in messages, the library takes those apart.
 
-    source: path, address, array or tensor [frames, ...], or list of frames.
+    source: path, address, bytes, array or tensor [frames, ...], or list of frames.
     settings: what the message says of this video.
     """
 
@@ -75,11 +72,13 @@ class PlannedFile(_Planned):
     def make_plan(self) -> VideoPlan:
         file, settings = self.file, self.settings
         self.start = settings.video_start or 0
-        end = min(settings.video_end or file.duration, file.duration)
-        if not 0 <= self.start < end:
+        end = file.duration
+        if settings.video_end is not None:
+            end = min(settings.video_end, end)
+        if not self.start < end:
             raise ValueError(
-                f"video_start {self.start} and video_end {end} leave nothing of {file.name}, which "
-                f"lasts {file.duration:.1f} s."
+                f"video_start {self.start:g} and video_end {end:g} leave nothing of {file.name}, "
+                f"which lasts {file.duration:.1f} s."
             )
         frames = max(1, round(file.frames * (end - self.start) / file.duration))
         return settings.plan(end - self.start, frames, file.height, file.width, *self.sizes)
@@ -149,6 +148,11 @@ class PlannedFrames(_Planned):
     def make_plan(self) -> VideoPlan:
         count, (height, width) = len(self.frames), self.frames.shape[-2:]
         settings, metadata = self.settings, self.given
+        if settings.video_start is not None or settings.video_end is not None:
+            raise ValueError(
+                "video_start and video_end are times in a file, but frames were given: give those "
+                "of the part that is wanted."
+            )
         sample = bool(settings.do_sample_frames)
         if metadata is None:
             if not settings.fps_given:
@@ -198,23 +202,28 @@ class PlannedFrames(_Planned):
 def list_videos(videos) -> list:
     """The videos of a call, flat: each a `VideoPart` or planned already.
 
-    videos: one or (nested) lists of paths, addresses, arrays, tensors, lists of frames and of what
-    this returns.
+    videos: one or (nested) lists of what `plain_source` takes, arrays, tensors, lists of frames and
+    of what this returns. Pictures that are listed are the frames of one video.
+
+    Raises ValueError for what is none of these.
     """
+    if not _is_own(videos):
+        videos = plain_source(videos)
     if _is_own(videos):
         return [videos]
-    if isinstance(videos, (str, Path)):
-        return [VideoPart(_plain_path(videos))]
+    if is_file(videos):
+        return [VideoPart(videos)]
     if isinstance(videos, (np.ndarray, torch.Tensor)):
         if videos.ndim == 5:
             return [VideoPart(video) for video in videos]
         return [VideoPart(videos if videos.ndim == 4 else videos[None])]
     if isinstance(videos, (list, tuple)):
-        if videos and all(_is_frame(item) for item in videos):
+        if _are_frames(videos):
             return [VideoPart(videos)]
         return [video for item in videos for video in list_videos(item)]
     raise ValueError(
-        f"A video is a path, a URL, an array of frames or a list of frames, not {type(videos)}."
+        "A video is a path, an address, bytes, an array of frames or a list of frames, not "
+        f"{describe_source(videos)}."
     )
 
 
@@ -224,31 +233,30 @@ def with_settings(source, settings: dict):
         if not settings or isinstance(source, VideoPart):
             return source
         return source.planned_again(resolve_settings(settings, {}, asdict(source.settings)))
-    return VideoPart(_plain_path(source), settings)
+    return VideoPart(plain_source(source), settings)
 
 
 def stack_frames(source) -> torch.Tensor:
-    """The frames of a message or call, [frames, channels, height, width]."""
+    """The frames of a message or call, [frames, channels, height, width].
+
+    Raises ValueError where there are none, or of several sizes.
+    """
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return _channels_first(torch.as_tensor(source))
-    frames = [
-        load_image(frame) if isinstance(frame, str) else frame for frame in map(_plain_path, source)
-    ]
-    frames = [
-        torch.from_numpy(np.array(frame.convert("RGB")))
-        if isinstance(frame, Image.Image)
-        else torch.as_tensor(frame)
-        for frame in frames
-    ]
+        return _channels_first(as_tensor(source))
+    frames = [_frame(item) for item in source]
+    if not frames:
+        raise ValueError("A video was given as an empty list: it has no frames.")
     sizes = {tuple(frame.shape) for frame in frames}
     if len(sizes) != 1:
         raise ValueError(f"The frames of a video must have one size, not {sorted(sizes)}.")
     return _channels_first(torch.stack(frames))
 
 
-def _plain_path(item):
-    """Paths and file:// addresses as plain paths, everything else as it is."""
-    return os.fspath(item).removeprefix("file://") if isinstance(item, (str, Path)) else item
+def _frame(item):
+    """One frame, [height, width, 3] or as an array has it."""
+    if isinstance(item, (np.ndarray, torch.Tensor)):
+        return as_tensor(item)
+    return torch.from_numpy(np.array(load_picture(item).convert("RGB")))
 
 
 def _is_own(item):
@@ -256,15 +264,21 @@ def _is_own(item):
     return type(item).__name__ in ("VideoPart", "PlannedFile", "PlannedFrames")
 
 
-def _is_frame(item):
-    return isinstance(item, Image.Image) or (
-        isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 3
-    )
+def _are_frames(items):
+    """Whether a list holds the frames of one video: pictures, arrays, or files of pictures."""
+    if any(map(_is_own, items)):
+        return False
+    arrays = [item for item in items if isinstance(item, (np.ndarray, torch.Tensor))]
+    files = [item for item in items if is_file(item)]
+    if len(items) > 1 and len(files) == len(items):
+        return all(map(is_picture, files))
+    pictures = sum(isinstance(item, Image.Image) for item in items)
+    return bool(items) and len(items) == pictures + sum(array.ndim == 3 for array in arrays)
 
 
 def _channels_first(video):
     """[frames, height, width, channels] or [frames, channels, height, width] to the latter."""
-    if video.ndim != 4 or not len(video):
+    if video.ndim != 4 or not video.numel():
         raise ValueError(f"A video must be [frames, height, width, 3], not {list(video.shape)}.")
     kind = infer_channel_dimension_format(video, num_channels=(1, 3, 4))
     return video.permute(0, 3, 1, 2) if kind == ChannelDimension.LAST else video

@@ -7,17 +7,29 @@ a stream of them (pixel_stream_videonsa.py).
 """
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import chain, islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import BatchFeature, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
 from transformers.utils import logging
 from transformers.video_utils import VideoInput, VideoMetadata
 
+from .media_sources_videonsa import describe_source, is_file
+from .message_parts_videonsa import read_messages
+from .pictures_videonsa import (
+    IMAGE_SETTINGS,
+    ImagePart,
+    frames_in_folder,
+    is_picture,
+    load_picture,
+    playable,
+)
 from .pixel_stream_videonsa import AHEAD_BYTES, GROUP_BYTES, GROUP_STEPS, PixelStream
 from .planned_video_videonsa import (
     PlannedFile,
@@ -27,8 +39,9 @@ from .planned_video_videonsa import (
     stack_frames,
     with_settings,
 )
-from .video_plan_videonsa import SETTINGS, VideoPlan, resolve_settings
+from .video_plan_videonsa import VideoPlan
 from .video_reader_videonsa import Remeasure, VideoFile
+from .video_settings_videonsa import ALIASES, SETTINGS, read_setting, resolve_settings
 
 logger = logging.get_logger(__name__)
 
@@ -74,6 +87,10 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
     stream = False
     cap_pixels_per_frame = False  # total_pixels does it
 
+    def __init__(self, size=None, **kwargs):
+        # A copy, because transformers before 5.24 writes min_pixels into the class's own.
+        super().__init__(size=dict(type(self).size) if size is None else size, **kwargs)
+
     @property
     def min_pixels(self):
         return self.size["shortest_edge"]
@@ -107,9 +124,22 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         defaults["do_sample_frames"] = None
         settings = resolve_settings(video.settings, settings, defaults)
         sizes = (self.patch_size * self.merge_size, self.temporal_patch_size)
-        if isinstance(video.source, str):
-            return PlannedFile(VideoFile(video.source), video, settings, sizes)
-        return PlannedFrames(stack_frames(video.source), video_metadata, video, settings, sizes)
+        source = video.source
+        if is_file(source) and os.path.isdir(source):
+            source = frames_in_folder(source)
+        if is_file(source):
+            file = playable(source)
+            try:
+                file = VideoFile(file)
+            except ValueError as error:
+                if not is_picture(source):
+                    raise
+                raise ValueError(
+                    f"{describe_source(source)} is a picture, not a video: give it as an image, or "
+                    "in a list of the frames of a video."
+                ) from error
+            return PlannedFile(file, video, settings, sizes)
+        return PlannedFrames(stack_frames(source), video_metadata, video, settings, sizes)
 
     def preprocess(self, videos, **kwargs):
         """Qwen2.5-VL's outputs; with stream=True the pixels are a `PixelStream` over all videos.
@@ -311,8 +341,12 @@ def _list_metadata(metadata, count):
     return metadata
 
 
-# What a message may say of its video, and is not a setting.
-PART_KEYS = ("type", "video", "url", "path", "raw_fps")
+# What a part of a message may say, and is not a setting; and what is one.
+NO_SETTINGS = ("type", "image", "video", "raw_fps")
+KNOWN_SETTINGS = {
+    "image": set(IMAGE_SETTINGS),
+    "video": {*SETTINGS, *ALIASES, "video_backend"},
+}
 
 
 class VideoNSAProcessor(Qwen2_5_VLProcessor):
@@ -320,11 +354,9 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """As Qwen2.5-VL's; a video's message may set what `plan_video` takes, for that video."""
-        if (
-            isinstance(conversation, (list, tuple))
-            and conversation
-            and not _is_message(conversation[0])
-        ):
+        if isinstance(conversation, (list, tuple)) and not conversation:
+            raise ValueError("The conversation is empty; it is a list of messages.")
+        if isinstance(conversation, (list, tuple)) and not _is_message(conversation[0]):
             conversation = [self._bind_settings(one) for one in conversation]
         else:
             conversation = self._bind_settings(conversation)
@@ -340,8 +372,9 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             share of the budget, in proportion to what it would take.
         settings: as for a call of the processor.
         """
+        max_tokens = read_setting("max_tokens", max_tokens)
         messages = self._bind_settings(messages)
-        parts = [part for part in _parts(messages) if _source(part) is not None]
+        parts = [part for part in _parts(messages) if "video" in part]
         videos = [self.video_processor.plan_and_open(part["video"], **settings) for part in parts]
         total = sum(video.plan.tokens for video in videos)
         if max_tokens is not None and total > max_tokens:
@@ -375,8 +408,13 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
                     else video
                     for video, rate in zip(videos, rates, strict=True)
                 ]
+            kwargs = _read_settings(kwargs)
+            if "videos_kwargs" in kwargs:
+                kwargs["videos_kwargs"] = _read_settings(kwargs["videos_kwargs"])
             # The library counts what stands in `videos`, and knows only strings and arrays.
             kwargs["video_parts"], videos = videos, ["video"] * len(videos)
+        if images is not None:
+            images = self._load_images(images)
         if text is not None and not kwargs.get("sanitize_control_tokens"):
             self._check_placeholders(text, self.image_token, "image", _count_images(images))
             self._check_placeholders(text, self.video_token, "video", len(videos or []))
@@ -401,20 +439,38 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         )
 
     def _bind_settings(self, conversation):
-        """A copy of the messages in which every video has its settings with it."""
-        messages = []
-        for message in getattr(conversation, "messages", conversation):
-            if isinstance(message, dict) and isinstance(message.get("content"), (list, tuple)):
-                content = []
-                for part in message["content"]:
-                    if isinstance(part, dict) and _source(part) is not None:
-                        settings = {k: v for k, v in part.items() if k not in PART_KEYS}
-                        video = with_settings(_source(part), settings)
-                        part = {"type": "video", "video": video}
-                    content.append(part)
-                message = {**message, "content": content}
-            messages.append(message)
+        """A copy of the messages in Qwen's form, in which media have their settings with them."""
+        messages = read_messages(conversation)
+        for part in _parts(messages):
+            kind = part["type"]
+            if kind == "text":
+                continue
+            settings = {key: value for key, value in part.items() if key not in NO_SETTINGS}
+            unread = sorted(set(settings) - KNOWN_SETTINGS[kind])
+            if kind not in part and unread:
+                raise ValueError(f"A part of type {kind!r} has no {kind}, but {', '.join(unread)}.")
+            if kind in part:
+                bind = with_settings if kind == "video" else ImagePart
+                media = {"type": kind, kind: bind(part[kind], settings)}
+                part.clear()
+                part |= media
         return messages
+
+    def _load_images(self, images):
+        """The images of a call, in their lists, as pictures and arrays."""
+        if isinstance(images, (list, tuple)):
+            return [self._load_images(image) for image in images]
+        if type(images).__name__ == "ImagePart":  # by name, as for videos
+            return images.load(self.image_processor)
+        if isinstance(images, np.ndarray):
+            return np.ascontiguousarray(images)  # a view that runs backwards is no tensor
+        return images if isinstance(images, torch.Tensor) else load_picture(images)
+
+
+def _read_settings(given):
+    """Keyword arguments of a call, settings of videos in the exact types that the library wants."""
+    settings = {name: read_setting(name, given[name]) for name in SETTINGS if name in given}
+    return {**given, **settings}
 
 
 def _count_images(images):
@@ -429,16 +485,9 @@ def _is_message(item):
     return isinstance(item, dict) or hasattr(item, "content")
 
 
-def _source(part):
-    """The video that a part of a message brings, or None."""
-    if part.get("type") != "video" and ("type" in part or "video" not in part):
-        return None
-    return next((part[key] for key in ("video", "url", "path") if part.get(key) is not None), None)
-
-
 def _parts(messages):
     for message in messages:
-        if isinstance(message.get("content"), (list, tuple)):
+        if isinstance(message["content"], list):
             yield from message["content"]
 
 

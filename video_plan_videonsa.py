@@ -1,12 +1,11 @@
 """What is taken of a video: how many frames, of what size, and how many tokens they become.
 
 `plan_video` is the one place that decides it, from the numbers of a video and what is asked for;
-`VideoPlan` is its answer. `VideoSettings` is all that one video is asked for, put together by
-`resolve_settings` from a message, a call and the processor. Nothing here opens a file.
+`VideoPlan` is its answer. Nothing here opens a file.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 from transformers.utils import logging
@@ -196,94 +195,3 @@ def plan_video(
         frames_reason=frames_reason,
         size_reason=size_reason,
     )
-
-
-@dataclass(frozen=True)
-class VideoSettings:
-    """All that is asked of one video: what `plan_video` takes, and
-
-    resized_height, resized_width: the size of every frame, whatever the pixel bounds say.
-    do_sample_frames: False for every frame there is; True also samples frames that are given.
-    do_resize: False where frames that are given have a size that can be used already.
-    video_start, video_end: seconds of the part of a file that is taken.
-    fps_given: whether fps was asked for, and is not a default.
-    """
-
-    fps: float | None
-    num_frames: int | None
-    min_frames: int
-    max_frames: int
-    min_pixels: int
-    max_pixels: int
-    total_pixels: int | None
-    max_tokens: int | None
-    resized_height: int | None
-    resized_width: int | None
-    do_sample_frames: bool | None
-    do_resize: bool | None
-    video_start: float | None
-    video_end: float | None
-    fps_given: bool
-
-    def plan(self, duration, frames, height, width, factor, temporal_patch_size, sample=True):
-        """The `VideoPlan` of a video with these numbers; all its frames where `sample` is false."""
-        size = (self.resized_height, self.resized_width)
-        return plan_video(
-            duration,
-            frames,
-            height,
-            width,
-            fps=self.fps,
-            num_frames=self.num_frames,
-            sample=sample and self.do_sample_frames is not False,
-            min_frames=self.min_frames,
-            max_frames=self.max_frames,
-            min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels,
-            total_pixels=self.total_pixels,
-            max_tokens=self.max_tokens,
-            size=size if all(size) else None,
-            factor=factor,
-            temporal_patch_size=temporal_patch_size,
-        )
-
-
-SETTINGS = tuple(field.name for field in fields(VideoSettings) if field.name != "fps_given")
-ALIASES = {"nframes": "num_frames", "sample_fps": "fps"}
-
-
-def resolve_settings(message: dict, call: dict, defaults: dict) -> VideoSettings:
-    """The settings of one video: its message's before the call's before the defaults.
-
-    message, call: may leave settings out, or give None for them. A message may use the names of
-    qwen-vl-utils (nframes, sample_fps), a call `size` for the pixel bounds.
-    defaults: every setting; `fps_given` may be missing.
-
-    Raises ValueError where fps and num_frames are both given in one place, and for a decoder
-    (`video_backend`) that is not PyAV.
-    """
-    message, call = (
-        {ALIASES.get(name, name): value for name, value in asked.items() if value is not None}
-        for asked in (message, call)
-    )
-    resolved = {"fps_given": False, **defaults}
-    for asked in (message, call, resolved):
-        if (backend := asked.pop("video_backend", None)) not in (None, "pyav"):
-            raise ValueError(
-                f"video_backend is {backend!r}, but videos are read with 'pyav' only: leave "
-                "video_backend out, or give the frames that you have decoded."
-            )
-    if unknown := sorted(set(message) - set(SETTINGS)):
-        logger.warning_once(f"Not a setting of a video, ignored: {', '.join(unknown)}.")
-    if (size := call.pop("size", None)) is not None:
-        call.setdefault("min_pixels", size["shortest_edge"])
-        call.setdefault("max_pixels", size["longest_edge"])
-    for asked in (call, message):
-        if "fps" in asked and "num_frames" in asked:
-            raise ValueError("fps and num_frames exclude each other; give one of them.")
-        if "num_frames" in asked:
-            resolved |= {"fps": None, "fps_given": False}
-        elif "fps" in asked:
-            resolved |= {"num_frames": None, "fps_given": True}
-        resolved |= {name: value for name, value in asked.items() if name in SETTINGS}
-    return VideoSettings(**resolved)

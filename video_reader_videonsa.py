@@ -5,12 +5,15 @@ it is not. It knows nothing of plans, tokens or the processor.
 """
 
 import copy
+import io
 import math
 import os
 from itertools import chain, islice
 
 import numpy as np
 from transformers.utils import logging
+
+from .media_sources_videonsa import describe_source
 
 try:
     import av
@@ -44,15 +47,15 @@ class VideoFile:
     # Frames of a file decoded in order, more than B-frames can be out of their places.
     FIRST_LOOK = 16
 
-    def __init__(self, source: str):
+    def __init__(self, source: str | bytes):
         if av is None:
             raise ImportError(
                 "Reading a video file needs PyAV, which is not installed: pip install av. "
                 "(Or pass the frames themselves.)"
             )
         self.source = source
-        self.is_url = "://" in source
-        self.name = source if self.is_url else os.path.basename(source)
+        self.is_url = isinstance(source, str) and "://" in source
+        self.name = source if self.is_url else os.path.basename(describe_source(source))
         self.key_gap = math.inf
         self._open()
         kind = self.container.format
@@ -316,14 +319,17 @@ class VideoFile:
     def _open(self):
         """Opens the file (again): the one way back to the start that every format has."""
         self.close()
-        if not self.is_url:
+        source = self.source
+        if isinstance(self.source, bytes):
+            source = io.BytesIO(self.source)
+        elif not self.is_url:
             if not os.path.exists(self.source):
-                raise FileNotFoundError(f"There is no video file {self.source}.")
+                raise FileNotFoundError(f"There is no video file {describe_source(source)}.")
             if os.path.isfile(self.source) and not os.path.getsize(self.source):
                 raise self._error("is empty (0 bytes)")
         try:
             self.container = av.open(
-                self.source, metadata_errors="replace", timeout=30 if self.is_url else None
+                source, metadata_errors="replace", timeout=30 if self.is_url else None
             )
         except (av.FFmpegError, OSError) as error:
             reason = getattr(error, "strerror", None) or error

@@ -15,7 +15,11 @@ from commands import ROOT
 PROCESSOR_CODE = (
     "processing_videonsa.py",
     "planned_video_videonsa.py",
+    "message_parts_videonsa.py",
+    "media_sources_videonsa.py",
+    "pictures_videonsa.py",
     "video_plan_videonsa.py",
+    "video_settings_videonsa.py",
     "video_reader_videonsa.py",
     "pixel_stream_videonsa.py",
 )

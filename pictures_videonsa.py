@@ -1,0 +1,198 @@
+"""Pictures: told by their content, loaded upright, and refused by their header where too large.
+
+`load_picture` takes what `plain_source` takes. `ImagePart` is an image of a message with what the
+message says of it.
+"""
+
+import base64
+import io
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_utils import load_image
+from transformers.utils import logging
+
+from .media_sources_videonsa import describe_source, is_address, plain_source
+from .video_plan_videonsa import check_frame_size, fit_size
+from .video_settings_videonsa import read_setting
+
+logger = logging.get_logger(__name__)
+
+# Formats that may hold a sequence to be played; the several pictures of others (MPO, TIFF) are not.
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+# How files of pictures begin: PNG, JPEG, GIF, BMP, TIFF, WebP, AVIF and HEIC, JPEG 2000, icons.
+SIGNATURES = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftyp(?:avi[fs]|hei|mif1|msf1)"
+    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|\0\0\x01\0",
+    re.DOTALL,
+)
+# Pillow runs another program for EPS, and takes MPEG recordings for pictures that it cannot load.
+NO_PICTURES = ("EPS", "MPEG")
+# What a message may say of an image, as in qwen-vl-utils.
+IMAGE_SETTINGS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+
+
+class ImagePart:
+    """An image of a message, not loaded yet, and what the message says of it.
+
+    settings: bounds of its area, or its size, before the image processor has it; that keeps the
+    bounds of its own.
+    """
+
+    def __init__(self, source, settings: dict):
+        if unknown := sorted(set(settings) - set(IMAGE_SETTINGS)):
+            logger.warning_once(f"Not a setting of an image, ignored: {', '.join(unknown)}.")
+        self.source = source
+        self.settings = {
+            name: read_setting(name, settings[name]) for name in IMAGE_SETTINGS if name in settings
+        }
+        if ("resized_height" in settings) != ("resized_width" in settings):
+            raise ValueError("An image has resized_height or resized_width alone; give both.")
+
+    def load(self, image_processor) -> Image.Image:
+        picture = load_picture(self.source)
+        if not self.settings:
+            return picture
+        own, size = self.settings, image_processor.size
+        factor = image_processor.patch_size * image_processor.merge_size
+        least = own.get("min_pixels", size["shortest_edge"])
+        most = own.get("max_pixels", size["longest_edge"])
+        if not size["shortest_edge"] <= most or not least <= size["longest_edge"]:
+            logger.warning_once(
+                f"A message asks for an image of {least:,} to {most:,} pixels, but the image "
+                f"processor takes {size['shortest_edge']:,} to {size['longest_edge']:,}."
+            )
+        height, width = picture.height, picture.width
+        if "resized_height" in own:
+            height, width = own["resized_height"], own["resized_width"]
+        height, width = fit_size(height, width, min(least, most), most, factor)
+        return picture.resize((width, height))
+
+
+def is_picture(source) -> bool:
+    """Whether a path or bytes begin as a picture does; False for what cannot be read."""
+    if not isinstance(source, bytes):
+        if not os.path.isfile(source):
+            return False
+        with open(source, "rb") as file:
+            source = file.read(16)
+    return SIGNATURES.match(source) is not None
+
+
+def open_picture(source) -> Image.Image:
+    """A picture of which only the header has been read.
+
+    source: as `plain_source` takes it, or base64.
+
+    Raises FileNotFoundError where there is no file, and ValueError for what is no picture, or one
+    of more pixels than `check_frame_size` allows.
+    """
+    source = plain_source(source)
+    name = describe_source(source)
+    try:
+        if isinstance(source, Image.Image):
+            picture = source
+        elif is_address(source):
+            picture = load_image(source, timeout=60)
+        else:
+            picture = Image.open(_picture_file(source, name))
+            if picture.format in NO_PICTURES:
+                raise ValueError(f"{picture.format} is not taken")
+    except FileNotFoundError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"The image {name} is too large: {error} Scale it down first.") from None
+    except Exception as error:  # whatever a damaged file, a server or its address makes them raise
+        reason = str(error) if len(str(error)) < 300 else type(error).__name__
+        raise ValueError(
+            f"{name} cannot be read as an image ({reason}): give a picture, or a video as a video."
+        ) from error
+    check_frame_size(picture.height, picture.width, f"the image {name}")
+    return picture
+
+
+def load_picture(source) -> Image.Image:
+    """A picture from any source, upright, RGB, as transformers' `load_image` makes it."""
+    picture = open_picture(source)
+    if picture is source or picture.format is None:  # given, or converted when it was fetched
+        return picture
+    name = describe_source(source)
+    if picture.mode == "F":
+        raise ValueError(
+            f"The image {name} holds floating-point numbers, whose black and white are not known: "
+            "save it with 8 bits first."
+        )
+    if is_animated(picture):
+        logger.warning_once(
+            f"{name} holds {picture.n_frames} pictures, of which an image is the first; give it as "
+            "a video for all of them."
+        )
+    try:
+        return ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        raise ValueError(f"The image {name} is damaged ({error}).") from error
+
+
+def is_animated(picture: Image.Image) -> bool:
+    """Whether an opened picture is a sequence to be played."""
+    return picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1
+
+
+def playable(source):
+    """A path, address or bytes as FFmpeg reads it: an animated WebP becomes an animated PNG."""
+    if is_address(source) or not is_picture(source):
+        return source
+    picture = open_picture(source)
+    if picture.format != "WEBP" or not is_animated(picture):
+        return source
+    frames, lasting, file = [], [], io.BytesIO()
+    for number in range(picture.n_frames):
+        picture.seek(number)
+        frames.append(picture.convert("RGB"))
+        lasting.append(picture.info["duration"])
+    options = {"save_all": True, "append_images": frames[1:], "duration": lasting}
+    frames[0].save(file, "PNG", compress_level=1, **options)
+    return file.getvalue()
+
+
+def frames_in_folder(folder) -> list[str]:
+    """The pictures in a folder in their natural order: frame 2 before frame 10.
+
+    Raises ValueError where there are none.
+    """
+    files = [one for one in Path(folder).iterdir() if not one.name.startswith(".")]
+    pictures = [str(one) for one in sorted(files, key=_natural_order) if is_picture(str(one))]
+    if not pictures:
+        raise ValueError(f"The folder {folder} holds no pictures, so it is no video of frames.")
+    return pictures
+
+
+def as_tensor(array) -> torch.Tensor:
+    """An array or tensor as a tensor; a view that runs backwards is copied."""
+    if isinstance(array, np.ndarray):
+        array = np.ascontiguousarray(array)
+    return torch.as_tensor(array)
+
+
+def _natural_order(path):
+    """ "frame10" after "frame2": digits are compared as numbers."""
+    pieces = re.split(r"(\d+)", path.name)
+    return [int(piece) if n % 2 else piece.lower() for n, piece in enumerate(pieces)]
+
+
+def _picture_file(source, name):
+    """What Pillow opens for a path, bytes or base64."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if not isinstance(source, str):
+        raise TypeError("a picture is a path, an address, bytes or an open file")
+    if os.path.isfile(source):
+        return source
+    try:
+        return io.BytesIO(base64.b64decode(source, validate=True))
+    except ValueError:
+        raise FileNotFoundError(f"There is no image file {name}.") from None

@@ -1,0 +1,422 @@
+"""The forms that people write messages and media in: taken as meant, or refused by name."""
+
+import base64
+import dataclasses
+import functools
+import http.server
+import io
+import tempfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+from transformers.utils import logging
+from videonsa.media_sources_videonsa import describe_source, plain_source
+from videonsa.message_parts_videonsa import read_messages, read_part
+from videonsa.pictures_videonsa import frames_in_folder, load_picture
+
+import clips
+from paths import ROOT
+from test_video_reading import frames_of
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A clip of 5 s, a picture, and frames 1 to 12 without zeros before their numbers."""
+    folder = tmp_path_factory.mktemp("media")
+    clips.write_clip(folder / "clip.mp4", 50)
+    clips.write_clip(folder / "my clip #1.mp4", 50)
+    Image.fromarray(clips.frame_image(3, 56, 84)).save(folder / "picture.png")
+    (folder / "frames").mkdir()
+    for number in range(1, 13):
+        picture = Image.fromarray(clips.frame_image(number, 56, 84))
+        picture.save(folder / "frames" / f"frame{number}.png")
+    (folder / "frames" / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_notices():
+    logging.warning_once.cache_clear()
+
+
+def message(*parts):
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is shown?"}]}]
+
+
+def take(processor, messages, **kwargs):
+    return processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=kwargs
+    )
+
+
+def assert_same(processor, messages, expected):
+    out = take(processor, messages)
+    assert out.keys() == expected.keys()
+    for key in out:
+        assert torch.equal(torch.as_tensor(out[key]), torch.as_tensor(expected[key])), key
+
+
+def data_uri(path, kind):
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+FORMS = [
+    lambda kind, path: {"type": f"{kind}_url", f"{kind}_url": {"url": path}},
+    lambda kind, path: {"type": f"{kind}_url", f"{kind}_url": {"url": path, "detail": "auto"}},
+    lambda kind, path: {"type": f"{kind}_url", f"{kind}_url": path},
+    lambda kind, path: {"type": f"input_{kind}", f"{kind}_url": path},
+    lambda kind, path: {"type": f"input_{kind}", f"input_{kind}": path},
+    lambda kind, path: {"type": kind, "url": path},
+    lambda kind, path: {"type": kind, "path": path, "url": None},
+    lambda kind, path: {kind: path},
+    lambda kind, path: {"type": kind, kind: path, "text": None, "image_url": None, "fps": None},
+    lambda kind, path: {"type": kind, kind: {"path": path, "bytes": None}},
+    lambda kind, path: {"type": kind, kind: {"path": "x", "bytes": open(path, "rb").read()}},
+    lambda kind, path: {"type": kind, "path": "x", "bytes": open(path, "rb").read()},
+    lambda kind, path: {
+        "type": kind,
+        "source": {
+            "type": "base64",
+            "media_type": "x/y",
+            "data": base64.b64encode(open(path, "rb").read()).decode(),
+        },
+    },
+]
+
+
+@pytest.mark.parametrize("form", range(len(FORMS)))
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_medium_is_taken_in_every_form_of_its_part(processor, folder, kind, form):
+    path = str(folder / {"image": "picture.png", "video": "clip.mp4"}[kind])
+    expected = take(processor, message({"type": kind, kind: path}))
+    assert_same(processor, message(FORMS[form](kind, path)), expected)
+
+
+SOURCES = {
+    "a path": lambda path, kind: path,
+    "file://": lambda path, kind: f"file://{path}",
+    "file:///%20": lambda path, kind: path.as_uri(),
+    "file://localhost": lambda path, kind: path.as_uri().replace("file://", "file://localhost"),
+    "bytes": lambda path, kind: path.read_bytes(),
+    "bytearray": lambda path, kind: bytearray(path.read_bytes()),
+    "BytesIO at its end": lambda path, kind: at_its_end(path.read_bytes()),
+    "an open file": lambda path, kind: open(path, "rb"),
+    "a temporary file": lambda path, kind: temporary(path.read_bytes()),
+    "base64 data:": data_uri,
+    "data: with line ends": lambda path, kind: data_uri(path, kind).replace("A", "A\n"),
+    "data: in per cents": lambda path, kind: percent_encoded(path.read_bytes(), kind),
+}
+
+
+def at_its_end(content):
+    file = io.BytesIO()
+    file.write(content)
+    return file
+
+
+def temporary(content):
+    file = tempfile.TemporaryFile()
+    file.write(content)
+    return file
+
+
+def percent_encoded(content, kind):
+    return f"data:{kind}," + "".join(f"%{byte:02x}" for byte in content)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_medium_comes_from_wherever_people_have_it(processor, folder, kind, source):
+    name = {"image": "picture.png", "video": "my clip #1.mp4"}[kind]
+    path, media_type = folder / name, {"image": "image/png", "video": "video/mp4"}[kind]
+    expected = take(processor, message({"type": kind, kind: str(path)}))
+    given = SOURCES[source](path, media_type)
+    assert_same(processor, message({"type": kind, kind: given}), expected)
+    text = processor.apply_chat_template(message({"type": kind}))
+    given = SOURCES[source](path, media_type)
+    out = processor(text=text, **{f"{kind}s": [given]}, return_tensors="pt")
+    assert torch.equal(out["input_ids"], expected["input_ids"])
+    pixels = {"image": "pixel_values", "video": "pixel_values_videos"}[kind]
+    assert torch.equal(out[pixels], expected[pixels])
+
+
+REFUSED_PARTS = {
+    "a typo in the type": ({"type": "vidoe", "video": "a.mp4"}, "'vidoe'; it is one of text, "),
+    "sound": ({"type": "input_audio", "input_audio": {"data": "x"}}, "type 'input_audio'"),
+    "a file by its id": ({"type": "file", "file": {"file_id": "x"}}, "type 'file'"),
+    "a typo in the key": ({"type": "video", "vidoe": "a.mp4"}, "has no video, but vidoe"),
+    "a video in a text": (
+        {"type": "text", "text": "?", "video": "a.mp4"},
+        "type 'text' also has video",
+    ),
+    "an image in a video": ({"type": "video", "image": "a.png"}, "'video' also has image"),
+    "two sources": ({"type": "video", "video": "a.mp4", "url": "b.mp4"}, "has video and url: one"),
+    "two kinds": ({"image": "a.png", "video": "a.mp4"}, "'image', 'video'"),
+    "nothing known": ({"clip": "a.mp4"}, "this one has 'clip'"),
+    "nothing": ({}, "this one has nothing"),
+    "a number": (3, "is a dict or a text"),
+    "a text elsewhere": ({"type": "text", "content": "What?"}, "has no text, but content"),
+    "a list as a text": ({"type": "text", "text": ["What?"]}, "must be a string"),
+    "an image by its id": ({"type": "input_image", "file_id": "x"}, "no image, but file_id"),
+    "an empty source": ({"type": "video", "video": {"path": None}}, "not with nothing"),
+    "no comma": ({"type": "image", "image": "data:image/png;base64"}, "has no comma"),
+    "no base64": ({"type": "image", "image": "data:image/png;base64,!!"}, "is not base64"),
+    "a text file": (
+        {"type": "video", "video": io.StringIO("what?")},
+        "gives str when it is read, not bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_PARTS)
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_what_a_part_does_not_say_plainly_is_refused(processor, case, tokenize):
+    part, error = REFUSED_PARTS[case]
+    with pytest.raises(ValueError, match=error):
+        processor.apply_chat_template(message(part), tokenize=tokenize)
+    with pytest.raises(ValueError, match=error):
+        processor.plan_videos(message(part))
+
+
+def test_nulls_that_a_table_adds_say_nothing(processor, folder):
+    path = str(folder / "clip.mp4")
+    plain = message({"type": "video", "video": path})
+    keys = ("type", "text", "video", "image", "fps", "image_url")
+    filled = [
+        {**one, "name": None, "content": [{k: part.get(k) for k in keys} for part in content]}
+        for one in plain
+        for content in [one["content"]]
+    ]
+    # Qwen's own template asks whether a part has the key "image" or "video".
+    template = (
+        "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' or 'image' in"
+        " c or 'image_url' in c %}<|vision_start|><|image_pad|><|vision_end|>{% elif c['type'] =="
+        " 'video' or 'video' in c %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in c"
+        " %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    for own in (None, template):
+        texts = [
+            processor.apply_chat_template(one, chat_template=own, tokenize=False)
+            for one in (plain, filled)
+        ]
+        assert texts[0] == texts[1] and texts[0].count("<|video_pad|>") == 1
+    assert_same(processor, filled, take(processor, plain))
+
+
+def test_messages_in_other_shapes(processor, folder):
+    @dataclasses.dataclass
+    class Message:
+        role: str
+        content: list
+
+    path = str(folder / "clip.mp4")
+    plain = message({"type": "video", "video": path})
+    expected = take(processor, plain)
+    assert_same(processor, [Message(**plain[0])], expected)
+    assert_same(processor, tuple(plain), expected)
+    content = [{"type": "video", "video": path}, "What is shown?"]
+    assert_same(processor, [{"role": "user", "content": content}], expected)
+    lone = [{"role": "user", "content": {"type": "video", "video": path}}]
+    assert take(processor, lone)["video_grid_thw"].tolist() == [[5, 6, 10]]
+    no_content = [*plain, {"role": "assistant", "content": None, "tool_calls": None}]
+    assert take(processor, no_content)["video_grid_thw"].tolist() == [[5, 6, 10]]
+
+
+@pytest.mark.parametrize(
+    ("conversation", "error"),
+    [
+        ({"role": "user", "content": "What?"}, "put it into a list"),
+        ("What?", "list of messages"),
+        ([], "is empty"),
+        ([{"from": "human", "value": "What?"}], "this one has from, value"),
+        ([{"content": "What?"}], "this one has content"),
+        ([{"role": "user", "content": 3}], "dict or a text"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(processor, conversation, error):
+    with pytest.raises(ValueError, match=error):
+        processor.apply_chat_template(conversation)
+
+
+def test_parts_are_read_without_changing_them():
+    part = {"type": "video_url", "video_url": {"url": "a.mp4"}, "fps": 2}
+    assert read_part(part) == {"type": "video", "video": "a.mp4", "fps": 2}
+    assert part == {"type": "video_url", "video_url": {"url": "a.mp4"}, "fps": 2}
+    messages = [{"role": "user", "content": [part, "?"]}]
+    assert read_messages(messages)[0]["content"][1] == {"type": "text", "text": "?"}
+    assert messages == [{"role": "user", "content": [part, "?"]}]
+    assert read_part({"type": "video", "fps": 1.0}) == {"type": "video", "fps": 1.0}
+
+
+def test_names_that_look_like_addresses_stay_right(tmp_path):
+    odd = tmp_path / "100%25 'a' #1?.mp4"
+    odd.write_bytes(b"x")
+    assert plain_source(odd) == plain_source(str(odd)) == str(odd)
+    assert plain_source(f"file://{odd}") == str(odd)  # as people write it
+    assert plain_source(odd.as_uri()) == str(odd)  # as a program writes it
+    assert plain_source("https://example.com/a%20b?c=1#d") == "https://example.com/a%20b?c=1#d"
+    assert plain_source(["file:///a", b"x"]) == ["/a", b"x"]
+
+
+def test_no_payload_is_printed(processor):
+    payload = "x" * 100_000
+    for source in (f"data:video/mp4;base64,{payload}", payload, payload.encode(), [payload]):
+        for part in ({"type": "video", "video": source}, {"type": "image", "image": source}):
+            with pytest.raises((ValueError, OSError)) as refused:
+                take(processor, message(part))
+            assert len(str(refused.value)) < 600
+    assert describe_source(b"12345") == "a file of 5 bytes"
+
+
+def test_listed_pictures_are_the_frames_of_one_video(processor, folder):
+    frames = [str(folder / "frames" / f"frame{number}.png") for number in range(1, 13)]
+    text = processor.apply_chat_template(message({"type": "video"}))
+    for videos in (frames, [frames], [open(frame, "rb") for frame in frames]):
+        out = processor(text=text, videos=videos, fps=2.0, return_tensors="pt")
+        shown = [clips.number_in(frame) for frame in frames_of(processor, out, 0)]
+        assert shown == list(range(1, 13))
+    two = processor.apply_chat_template(message({"type": "video"}, {"type": "video"}))
+    out = processor(text=two, videos=[frames[:4], frames[4:]], fps=2.0, return_tensors="pt")
+    assert out["video_grid_thw"][:, 0].tolist() == [2, 4]
+    clip = str(folder / "clip.mp4")
+    out = processor(text=two, videos=[clip, clip], return_tensors="pt")
+    assert out["video_grid_thw"][:, 0].tolist() == [5, 5]
+
+
+def test_the_frames_of_a_folder_come_in_their_natural_order(processor, folder):
+    names = frames_in_folder(folder / "frames")
+    assert [name.rpartition("frame")[2] for name in names] == [f"{n}.png" for n in range(1, 13)]
+    out = take(processor, message({"type": "video", "video": folder / "frames", "fps": 2.0}))
+    shown = [clips.number_in(frame) for frame in frames_of(processor, out, 0)]
+    assert shown == list(range(1, 13))
+    (folder / "none").mkdir()
+    with pytest.raises(ValueError, match="none holds no pictures"):
+        take(processor, message({"type": "video", "video": str(folder / "none")}))
+
+
+def test_views_that_run_backwards(processor):
+    """As OpenCV's users turn BGR into RGB."""
+    frames = np.stack([clips.frame_image(number, 56, 84) for number in range(4)])
+    turned = np.ascontiguousarray(frames[..., ::-1])[..., ::-1]
+    assert turned.strides[-1] < 0
+    text = processor.apply_chat_template(message({"type": "video"}))
+    expected = processor(text=text, videos=frames, fps=2.0, return_tensors="pt")
+    for videos in (turned, [turned], list(turned), [list(turned)]):
+        out = processor(text=text, videos=videos, fps=2.0, return_tensors="pt")
+        assert torch.equal(out["pixel_values_videos"], expected["pixel_values_videos"])
+    for video in (turned, list(turned)):
+        out = take(processor, message({"type": "video", "video": video}), fps=2.0)
+        assert torch.equal(out["pixel_values_videos"], expected["pixel_values_videos"])
+    text = processor.apply_chat_template(message({"type": "image"}))
+    expected = processor(text=text, images=[frames[0]], return_tensors="pt")
+    for images in (turned[0], [turned[0]], [[turned[0]]]):
+        out = processor(text=text, images=images, return_tensors="pt")
+        assert torch.equal(out["pixel_values"], expected["pixel_values"])
+
+
+def test_what_a_message_says_of_its_image(processor, folder, caplog):
+    path = str(folder / "picture.png")
+    image = {"type": "image", "image": path}
+    assert take(processor, message(image))["image_grid_thw"].tolist() == [[1, 4, 6]]
+    small = take(processor, message({**image, "max_pixels": 28 * 56}))
+    assert small["image_grid_thw"].tolist() == [[1, 2, 2]]
+    large = take(processor, message({**image, "min_pixels": 84 * 84}))
+    assert large["image_grid_thw"].tolist() == [[1, 6, 8]]
+    sized = take(processor, message({**image, "resized_height": 84, "resized_width": "56"}))
+    assert sized["image_grid_thw"].tolist() == [[1, 6, 4]]
+    assert not caplog.text
+    take(processor, message({**image, "detail": "low", "max_pixels": 10**9}))
+    assert "Not a setting of an image, ignored: detail" in caplog.text
+    with pytest.raises(ValueError, match="resized_height or resized_width alone"):
+        take(processor, message({**image, "resized_height": 84}))
+    with pytest.raises(ValueError, match="max_pixels is nan"):
+        take(processor, message({**image, "max_pixels": float("nan")}))
+
+
+@pytest.mark.parametrize("header", ["png", "gif", "bmp"])
+def test_a_huge_picture_is_refused_by_its_header(processor, tmp_path, header):
+    small = io.BytesIO()
+    Image.new("L", (1, 1)).save(small, header)
+    content = bytearray(small.getvalue())
+    place, order, size = {
+        "png": (16, "big", 4),
+        "gif": (6, "little", 2),
+        "bmp": (18, "little", 4),
+    }[header]
+    for start in (place, place + size):
+        content[start : start + size] = (30000).to_bytes(size, order)
+    if header == "png":
+        import zlib
+
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path = tmp_path / f"huge.{header}"
+    path.write_bytes(content)
+    for part in (
+        {"type": "image", "image": str(path)},
+        {"type": "image", "image": bytes(content)},
+        {"type": "video", "video": [str(path)] * 2},
+        {"type": "video", "video": str(path)},
+    ):
+        with pytest.raises(ValueError, match=r"too large|30,000x30,000 pixels, more than"):
+            take(processor, message(part))
+
+
+def test_pictures_that_cannot_be_read(processor, folder, tmp_path, caplog):
+    (tmp_path / "cut.png").write_bytes((folder / "picture.png").read_bytes()[:-40])
+    Image.fromarray(np.zeros((56, 84), np.float32)).save(tmp_path / "float.tiff")
+    Image.new("RGB", (56, 56)).save(tmp_path / "script.eps")
+    cases = {
+        "cut.png": "cut.png is damaged",
+        "float.tiff": "floating-point numbers",
+        "script.eps": "EPS is not taken",
+    }
+    for name, error in cases.items():
+        with pytest.raises(ValueError, match=error):
+            load_picture(tmp_path / name)
+    with pytest.raises(ValueError, match="clip.mp4 cannot be read as an image"):
+        take(processor, message({"type": "image", "image": str(folder / "clip.mp4")}))
+    with pytest.raises(FileNotFoundError, match="no image file nowhere.png"):
+        take(processor, message({"type": "image", "image": "nowhere.png"}))
+    frames = [Image.fromarray(clips.frame_image(n, 56, 84)) for n in range(3)]
+    frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:], duration=500)
+    take(processor, message({"type": "image", "image": str(tmp_path / "moving.png")}))
+    assert "holds 3 pictures, of which an image is the first" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["webp", "gif", "png"])
+def test_a_moving_picture_is_a_video(processor, tmp_path, kind):
+    frames = [Image.fromarray(clips.frame_image(n, 56, 84)) for n in range(8)]
+    path = tmp_path / f"moving.{kind}"
+    options = {"lossless": True} if kind == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=250, **options)
+    for source in (str(path), path.read_bytes()):
+        out = take(processor, message({"type": "video", "video": source, "fps": 4.0}))
+        shown = [clips.number_in(frame) for frame in frames_of(processor, out, 0)]
+        assert shown == list(range(8))
+        assert out["second_per_grid_ts"].tolist() == pytest.approx([0.5])
+
+
+def test_an_image_by_address_is_told_by_its_content(processor, folder):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Handler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        expected = take(processor, message({"type": "image", "image": str(folder / "picture.png")}))
+        part = {"type": "image", "image": f"{address}/picture.png?signature=a%2Bb"}
+        assert_same(processor, message(part), expected)
+        with pytest.raises(ValueError, match="absent.png cannot be read as an image"):
+            take(processor, message({"type": "image", "image": f"{address}/absent.png"}))
+        server.shutdown()

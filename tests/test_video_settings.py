@@ -1,0 +1,133 @@
+"""What is asked of a video: read as it is meant, or refused by name, wherever it is given."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor
+from videonsa.processing_videonsa import VideoNSAVideoProcessor
+from videonsa.video_settings_videonsa import SETTINGS, read_setting
+
+import clips
+from paths import ROOT
+
+SWITCHES = ("do_sample_frames", "do_resize")
+NUMBERS = [name for name in SETTINGS if name not in SWITCHES]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return str(clips.write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", 50))
+
+
+def message(video, **settings):
+    part = {"type": "video", "video": video, **settings}
+    return [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
+
+
+def take(processor, messages, **kwargs):
+    out = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=kwargs
+    )
+    return out["video_grid_thw"][0].tolist()
+
+
+ODD = [math.nan, math.inf, -math.inf, -1, "", "two", "nan", [2], {"a": 2}, True, b"2", 2j]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_no_number_is_refused_by_its_setting(processor, clip, name):
+    for value in ODD:
+        with pytest.raises(ValueError, match=rf"^{name} is .*; it must be "):
+            take(processor, message(clip, **{name: value}))
+    for value in ODD[:2]:
+        with pytest.raises(ValueError, match=rf"^{name} is .*; it must be "):
+            take(processor, message(clip), **{name: value})
+        with pytest.raises(ValueError, match=rf"^{name} is .*; it must be "):
+            VideoNSAVideoProcessor(**{name: value}).plan(clip)
+    with pytest.raises(ValueError, match=r"^max_tokens is nan; it must be a finite number"):
+        processor.plan_videos(message(clip), max_tokens=math.nan)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_is_true_or_false(processor, clip, name):
+    for value in (2, -1, 0.5, math.nan, "", "2", [True], [False]):
+        with pytest.raises(ValueError, match=rf"^{name} is .*; it must be True or False"):
+            take(processor, message(clip, **{name: value}))
+    for value in (0, np.False_, torch.tensor(False)):
+        assert read_setting(name, value) is False
+    assert read_setting(name, 1) is True
+
+
+def test_zero_is_not_the_same_as_nothing(processor, clip):
+    part = take(processor, message(clip))
+    for name in ("num_frames", "max_frames", "max_pixels", "resized_height"):
+        with pytest.raises(ValueError, match=f"^{name} is 0; it must be at least 1"):
+            take(processor, message(clip, **{name: 0}))
+    with pytest.raises(ValueError, match="fps is 0; it must be positive"):
+        take(processor, message(clip, fps=0))
+    with pytest.raises(ValueError, match="video_end 0 leave nothing"):
+        take(processor, message(clip, video_end=0))
+    for name in ("max_tokens", "total_pixels"):
+        with pytest.raises(ValueError, match=r"allows \(0\)"):
+            take(processor, message(clip, **{name: 0}))
+    for name in ("min_frames", "min_pixels", "video_start"):
+        assert take(processor, message(clip, **{name: 0})) == part
+    frames = np.stack([clips.frame_image(n, 57, 84) for n in range(4)])
+    with pytest.raises(ValueError, match="57x84 pixels are not multiples of 28"):
+        take(processor, message(frames, do_resize=0, fps=2.0))
+    assert take(processor, message(clip, do_sample_frames=0))[0] == 25
+
+
+def test_numbers_are_taken_as_they_are_meant(processor, clip):
+    for value in ("1", " 1.0 ", np.float32(1), torch.tensor(1), np.array(1)):
+        assert take(processor, message(clip, fps=value)) == [2, 6, 10]
+    assert take(processor, message(clip, num_frames="4", max_pixels="3136")) == [2, 2, 4]
+    assert take(processor, message(clip), num_frames=np.int64(4)) == [2, 6, 10]
+    assert take(processor, message(clip, max_tokens=30.9)) == [2, 6, 10]
+    assert take(processor, message(clip, video_start="1", video_end="3")) == [2, 6, 10]
+    assert VideoNSAVideoProcessor(fps="1", max_pixels="12544").plan(clip).frames == 4
+    _, (plan,) = processor.plan_videos(message(clip), max_tokens="30")
+    assert plan.tokens == 30
+    assert read_setting("max_pixels", 0.9 * 1000) == 900
+    with pytest.raises(ValueError, match=r"num_frames is 2.5; it must be a whole number"):
+        take(processor, message(clip, num_frames=2.5))
+
+
+def test_settings_that_go_together(processor, clip):
+    for name in ("resized_height", "resized_width"):
+        with pytest.raises(ValueError, match="give both or neither"):
+            take(processor, message(clip, **{name: 56}))
+    assert take(processor, message(clip, resized_height=56), resized_width=84) == [5, 4, 6]
+    with pytest.raises(ValueError, match="^size is .*; it has shortest_edge and longest_edge"):
+        take(processor, message(clip), size={"height": 56, "width": 84})
+    with pytest.raises(ValueError, match="Neither fps nor num_frames is set"):
+        VideoNSAVideoProcessor(fps=None).plan(clip)
+    with pytest.raises(ValueError, match="max_frames is None; it must be a number"):
+        VideoNSAVideoProcessor(max_frames=None).plan(clip)
+
+
+def test_a_processor_keeps_its_bounds_to_itself():
+    before = VideoNSAVideoProcessor().min_pixels, VideoNSAVideoProcessor().max_pixels
+    VideoNSAVideoProcessor(min_pixels=784, max_pixels=3136)
+    assert (VideoNSAVideoProcessor().min_pixels, VideoNSAVideoProcessor().max_pixels) == before
+
+
+@pytest.mark.parametrize("name", ["video_start", "video_end"])
+def test_frames_that_are_given_have_no_start_or_end(processor, name):
+    frames = np.stack([clips.frame_image(n, 56, 84) for n in range(4)])
+    for video in (frames, list(frames)):
+        with pytest.raises(ValueError, match="video_start and video_end are times in a file"):
+            take(processor, message(video, fps=2.0, **{name: 1}))
+
+
+@pytest.mark.parametrize("frames", [[], np.zeros((0, 56, 84, 3), np.uint8), (), torch.zeros(0)])
+def test_a_video_without_frames_is_refused(processor, frames):
+    with pytest.raises(ValueError, match=r"no frames|must be \[frames, height, width, 3\]"):
+        take(processor, message(frames))
