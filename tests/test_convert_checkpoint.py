@@ -252,6 +252,23 @@ def test_dtype_holds_for_every_tensor_and_the_config(source, tmp_path):
     assert model.dtype is torch.bfloat16
 
 
+def test_gates_are_as_exact_as_the_embedding_where_parts_differ(tmp_path):
+    write_source(tmp_path / "source", "library")
+
+    def halve(tensors):
+        for key in tensors:
+            if not key.startswith("model.visual."):
+                tensors[key] = tensors[key].bfloat16()
+
+    change_weights(tmp_path / "source", halve)
+    convert(tmp_path / "source", tmp_path / "out")
+    weights = weights_of(tmp_path / "out")
+    assert weights["model.visual.patch_embed.proj.weight"].dtype is torch.float32
+    assert weights[f"{GATES}2.bias"].dtype is weights[EMBEDDING].dtype is torch.bfloat16
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
 def test_float16_refuses_what_it_cannot_hold(source, tmp_path):
     change_weights(source, lambda tensors: next(iter(tensors.values())).view(-1)[:1].fill_(1e6))
     with pytest.raises(ValueError, match="float16's range"):
@@ -478,6 +495,51 @@ def test_a_kill_in_mid_conversion_loses_nothing(source, tmp_path, monkeypatch):
     straight["README.md"] = straight["README.md"].replace(b"straight", b"out")
     assert bytes_of(out) == straight
     load(out)
+
+
+def interrupt(source, out, monkeypatch):
+    """Begin a conversion in small shards, of which the first two are written."""
+    monkeypatch.setattr(convert_checkpoint, "SHARD_BYTES", 100_000)
+    save, written = convert_checkpoint.save_file, []
+
+    def save_two(tensors, path, metadata):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        save(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_checkpoint, "save_file", save_two)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out)
+
+
+def test_weights_that_changed_meanwhile_are_not_mixed(source, tmp_path, monkeypatch):
+    interrupt(source, tmp_path / "out", monkeypatch)
+    sizes = [path.stat().st_size for path in sorted(source.glob("*.safetensors"))]
+    change_weights(source, lambda tensors: next(iter(tensors.values())).add_(1))
+    assert sizes == [path.stat().st_size for path in sorted(source.glob("*.safetensors"))]
+    with pytest.raises(FileExistsError, match="begun with other settings: weights"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_that_is_not_of_this_conversion_is_noticed(source, tmp_path, monkeypatch):
+    interrupt(source, tmp_path / "out", monkeypatch)
+    shard = sorted((tmp_path / "out.partial").glob("model-*.safetensors"))[0]
+    save_file({"model.visual.other": torch.ones(2)}, shard, {"format": "pt"})
+    with pytest.raises(OSError, match="does not hold what was written to it: delete it, run again"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_folder_in_the_way_is_left_alone(source, tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="begun with other settings"):
+        convert(source, tmp_path / "out")
+    assert bytes_of(partial) == {"mine.txt": b"mine"}
 
 
 REPORT_PEAK = """
