@@ -168,6 +168,16 @@ def assert_as_many_means_as_whole_blocks(module, device="cpu"):
         assert (means[2:] == 0).all()
 
 
+def assert_unused_means_get_no_gradient(module, device="cpu"):
+    """The rows past the last sample's last block are read by no query."""
+    case = Case((9, 1, 8, 7, 7), 2, 2, block_size=8)
+    q, k, v, _, cu_q, cu_k = packed(case, torch.float32, device=device)
+    means = [x[:4].clone().requires_grad_() for x in (k, v)]
+    o, _ = module.compressed_attention(q, *means, cu_q, cu_k, block_size=8)
+    for gradient in torch.autograd.grad(o.sum(), means):
+        assert gradient[:2].isfinite().all() and (gradient[2:] == 0).all()
+
+
 def assert_a_sample_of_one_token_sees_itself(module, device="cpu"):
     """Wherever it is in the pack: its block is not complete, so two branches give its own v."""
     case = Case((1, 9, 1, 1), 4, 2, block_size=8)

@@ -35,6 +35,7 @@ from numerics import (
     assert_as_accurate,
     assert_as_many_means_as_whole_blocks,
     assert_no_queries_give_zero_gradients,
+    assert_unused_means_get_no_gradient,
     assert_wrong_lengths_are_refused,
     cumulative,
     packed,
@@ -230,11 +231,21 @@ def test_small_tiles_are_as_accurate_as_eager(monkeypatch):
     check_layer(tiny((33, 9), block_size=32, num_selected=1), torch.float32, monkeypatch)
 
 
+def test_a_group_may_have_more_heads_than_a_tile_has_rows(monkeypatch):
+    monkeypatch.setattr(primitives, "FLOAT32_TILE", 16)
+    case = tiny((9,), 20, 1)
+    *tensors, cu_q, cu_k = packed(case, torch.float32, device=DEVICE)
+    got, wanted = (
+        module.nsa_attention(*tensors, cu_q, cu_k, **case.sizes) for module in (kernels, reference)
+    )
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_more_means_than_a_step_takes_are_as_accurate_as_eager(monkeypatch):
     """The steps that need no mask, of queries that see all of a tile's means."""
     monkeypatch.setattr(primitives, "FLOAT32_TILE", 16)
     monkeypatch.setattr(compressed, "QUERY_PARTS", 2)
-    check_layer(tiny((180,), 2, 1, cached=126), torch.float32, monkeypatch)
+    check_layer(tiny((175,), 2, 1, cached=126), torch.float32, monkeypatch)
 
 
 def test_a_given_scale_is_that_of_the_scores():
@@ -478,6 +489,10 @@ def test_there_are_as_many_means_as_whole_blocks():
     assert_as_many_means_as_whole_blocks(kernels, DEVICE)
 
 
+def test_unused_means_get_no_gradient():
+    assert_unused_means_get_no_gradient(kernels, DEVICE)
+
+
 def test_a_sample_of_one_token_sees_itself():
     assert_a_sample_of_one_token_sees_itself(kernels, DEVICE)
 
@@ -632,6 +647,12 @@ def test_what_the_kernels_cannot_do_is_named(change, message):
         tensors[3] = gates
     with pytest.raises(ValueError, match=message):
         kernels.nsa_attention(*tensors, cu_q, cu_k, **case.sizes)
+
+
+def test_tensors_of_different_dtypes_are_refused():
+    q, k, v, gates, cu_q, cu_k = packed(tiny((9,)), torch.float32, device=DEVICE)
+    with pytest.raises(ValueError, match="dtypes are torch.float16, torch.float32, torch.float32"):
+        kernels.nsa_attention(q.half(), k, v, gates, cu_q, cu_k, **tiny((9,)).sizes)
 
 
 WITHOUT_TRITON = """

@@ -13,6 +13,7 @@ from numerics import (
     assert_a_sample_of_one_token_sees_itself,
     assert_as_many_means_as_whole_blocks,
     assert_no_queries_give_zero_gradients,
+    assert_unused_means_get_no_gradient,
     assert_wrong_lengths_are_refused,
     cumulative,
     packed,
@@ -340,6 +341,10 @@ def test_no_queries_give_zero_gradients(name):
 
 def test_there_are_as_many_means_as_whole_blocks():
     assert_as_many_means_as_whole_blocks(nsa)
+
+
+def test_unused_means_get_no_gradient():
+    assert_unused_means_get_no_gradient(nsa)
 
 
 def test_a_sample_of_one_token_sees_itself():
