@@ -32,6 +32,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from commands.finetuning_data import Collator, Conversations, DataReport
 from commands.finetuning_dry_run import dry_run
+from commands.finetuning_flags import refuse_flags, refuse_together
 from commands.finetuning_model import PARTS, keep_vision_calls_equal, load_model
 from commands.finetuning_saving import check_keys, find_checkpoint, make_papers, save_result
 from commands.finetuning_trainer import VideoNSATrainer
@@ -65,6 +66,15 @@ class ModelArguments:
             )
         if self.merge_lora and not self.lora_r:
             raise ValueError("--merge_lora without --lora_r: there will be no adapter to merge.")
+        for name in ("lora_alpha", "lora_dropout", "lora_modules"):
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != default and not self.lora_r:
+                raise ValueError(f"--{name} {value} without --lora_r: there will be no adapter.")
+        if self.lora_r < 0 or (self.lora_alpha is not None and not self.lora_alpha > 0):
+            raise ValueError(
+                f"--lora_r is {self.lora_r} and --lora_alpha {self.lora_alpha}: a rank is a whole "
+                "number from 1, and alpha above 0."
+            )
 
 
 @dataclass
@@ -109,6 +119,7 @@ class FinetuneArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse_flags(self)
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs are visible to one process. Start one process each: torchrun "
@@ -149,16 +160,7 @@ def _as_flags(settings):
 def main(argv=None):
     """Runs with the flags of a command line; returns the trainer, or None after a dry run."""
     model_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
-    if Path(args.output_dir).resolve() == Path(model_args.model_name_or_path).resolve():
-        raise ValueError(
-            f"--output_dir is {args.output_dir}, the folder of the model itself, which the result "
-            "would replace. Name another folder."
-        )
-    if model_args.lora_r and (args.fsdp_config or {}).get("activation_checkpointing"):
-        raise ValueError(
-            "fsdp_config's activation_checkpointing renames modules, and then adapters cannot be "
-            "saved. With --lora_r, use --gradient_checkpointing instead."
-        )
+    refuse_together(model_args, args)
     transformers.utils.logging.set_verbosity(args.get_process_log_level())
     transformers.set_seed(args.seed)
     name, revision = model_args.model_name_or_path, model_args.model_revision

@@ -58,7 +58,8 @@ def dry_run(data, config, model_args, args):
         f"{sum(tokens):,} in all, {vision / sum(tokens):.1%} of them vision, {labels:,} labels"
     )
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = math.ceil(len(data) / batch)
+    steps = len(data) / batch
+    steps = max(math.floor(steps), 1) if args.dataloader_drop_last else math.ceil(steps)
     epochs = args.num_train_epochs
     if args.max_steps > 0:
         epochs = args.max_steps / steps

@@ -64,7 +64,15 @@ def add_adapters(model, model_args, parts):
 
     stems = {"llm": r"language_model\.layers", "vision": r"visual\.blocks"}
     stems = "|".join(stem for part, stem in stems.items() if part in parts)
-    modules = "|".join(model_args.lora_modules.replace(" ", "").split(","))
+    names = model_args.lora_modules.replace(" ", "").split(",")
+    own = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if unknown := [name for name in names if name not in own]:
+        raise ValueError(
+            f"--lora_modules names {', '.join(unknown)}, which the model does not have. It has "
+            "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, and in its vision "
+            "tower qkv and proj."
+        )
+    modules = "|".join(names)
     whole = {"gates": ["g_proj_1", "g_proj_2"], "merger": ["merger"]}
     config = peft.LoraConfig(
         r=model_args.lora_r,

@@ -89,6 +89,8 @@ class VideoNSATrainer(Trainer):
         for note in self.report.add(stats.pop("notes")):
             logger.warning(note)
         self.seen.update(stats)
+        if self.label_smoother is not None:  # it compares these with the logits that there are
+            inputs["labels"] = inputs["shift_labels"]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):

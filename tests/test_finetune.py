@@ -1,22 +1,25 @@
 """Fine-tuning through finetune.py: what trains and what it logs, alone and in two processes."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, TrainingArguments
 
 import finetune
 import tiny
 from commands import finetuning_model
 from commands.finetuning_data import REPORT, Collator, Conversations
+from commands.finetuning_flags import REFUSED
 from commands.finetuning_model import part_of
 from finetuning import (
     ROW,
     TEXT_ROW,
     flags,
+    logits_of,
     losses,
     losses_on_disk,
     mixed_rows,
@@ -339,13 +342,86 @@ def test_settings_come_from_a_file_and_flags_override_it(folder, tmp_path):
         ({"train": "gate"}, "--train is 'gate'"),
         ({"train": "gates", "lora_r": 4}, "--lora_r 4 adapts"),
         ({"merge_lora": True}, "no adapter to merge"),
+        ({"lora_alpha": 8}, "--lora_alpha 8.0 without --lora_r"),
+        ({"lora_modules": "q_proj"}, "--lora_modules q_proj without"),
+        ({"lora_r": 4, "lora_alpha": 0}, "--lora_alpha 0.0: a rank is"),
+        ({"lora_r": 4, "lora_modules": "q_proj,k_poj"}, "names k_poj"),
         ({"lora_r": 4, "fsdp_config": '{"activation_checkpointing": true}', "fsdp": True},
          "--gradient_checkpointing instead"),
+        ({"train": "llm", "gate_lr": 1e-3}, "--gate_lr 0.001, but --train is 'llm'"),
+        ({"vision_lr": 1e-3}, "add vision to --train"),
+        ({"output_dir": ROOT}, "the folder of the model itself"),
+        ({"model_revision": "v2"}, "--model_revision v2"),
+        ({"gates_by_layer_every": 0}, "--gates_by_layer_every is 0"),
+        ({"eval_strategy": "steps"}, "--eval_strategy .*: finetune.py does not evaluate"),
+        ({"do_eval": True}, "--do_eval True: finetune.py does not evaluate"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "does not evaluate"),
+        ({"train_sampling_strategy": "group_by_length"}, "group_by_length: it would read every"),
+        ({"remove_unused_columns": "true"}, "--remove_unused_columns True"),
+        ({"enable_jit_checkpoint": True}, "--enable_jit_checkpoint"),
+        ({"use_liger_kernel": True}, "--use_liger_kernel"),
+        ({"optim": "lomo"}, "--optim lomo"),
+        ({"accelerator_config": '{"dispatch_batches": true}'}, "--accelerator_config"),
+        ({"accelerator_config": '{"even_batches": false}'}, "--accelerator_config"),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_are_refused(folder, tmp_path, settings, words):
     with pytest.raises(ValueError, match=words):
-        run(folder / "clips.jsonl", tmp_path, **settings)
+        run(folder / "clips.jsonl", settings.pop("output_dir", tmp_path), **settings)
+
+
+# Flags of the Trainer that do what its documentation says, as far as they were looked through.
+TAKEN = """
+    accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1
+    adam_beta2 adam_epsilon auto_find_batch_size average_tokens_across_devices bf16 data_seed
+    dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
+    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
+    dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+    ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm do_train
+    fp16 fsdp fsdp_config full_determinism gradient_accumulation_steps gradient_checkpointing
+    gradient_checkpointing_kwargs hub_always_push hub_model_id hub_private_repo hub_revision
+    hub_strategy hub_token ignore_data_skip include_num_input_tokens_seen label_smoothing_factor
+    learning_rate local_rank log_level log_level_replica log_on_each_node logging_first_step
+    logging_nan_inf_filter logging_steps logging_strategy lr_scheduler_kwargs lr_scheduler_type
+    max_grad_norm max_steps neftune_noise_alpha num_train_epochs optim optim_args
+    optim_target_modules output_dir per_device_train_batch_size project push_to_hub report_to
+    restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node
+    save_only_model save_steps save_strategy save_total_limit seed skip_memory_metrics tf32
+    torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+    trackio_bucket_id trackio_space_id trackio_static_space_id train_sampling_strategy use_cache
+    use_cpu warmup_steps weight_decay
+"""
+
+
+def test_every_flag_of_the_trainer_was_looked_through():
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    taken = set(TAKEN.split())
+    assert not taken & REFUSED.keys()
+    new = names - taken - REFUSED.keys()
+    assert not new, f"transformers has new flags: try each, then take or refuse it: {sorted(new)}"
+
+
+def test_label_smoothing_is_of_the_labels(folder, tmp_path, model, processor):
+    data = write_rows(folder / "one.jsonl", [ROW])
+    settings = {"max_steps": 1, "learning_rate": 0, "label_smoothing_factor": 0.1}
+    [loss] = losses(run(data, tmp_path, **settings))
+    batch = Collator(processor, model.config)([Conversations([str(data)], processor)[0]])
+    labels = batch["shift_labels"][0]
+    scores = logits_of(model, batch)[0].log_softmax(-1)[labels != -100]
+    right = scores.gather(1, labels[labels != -100, None])
+    assert loss == pytest.approx(-float(0.9 * right.mean() + 0.1 * scores.mean()), rel=1e-4)
+
+
+def test_flags_that_reach_into_a_step_work_together(folder, tmp_path):
+    data = write_rows(folder / "pair.jsonl", [ROW, TEXT_ROW])
+    trainer = run(
+        data, tmp_path, max_steps=2, per_device_train_batch_size=2, neftune_noise_alpha=5,
+        include_num_input_tokens_seen="true", torch_empty_cache_steps=1, max_grad_norm=0,
+        debug="underflow_overflow", logging_first_step=True, auto_find_batch_size=True,
+        average_tokens_across_devices="false", train_sampling_strategy="sequential",
+        skip_memory_metrics="false",
+    )  # fmt: skip
+    assert len(losses(trainer)) == 2 and trainer.state.num_input_tokens_seen > 0
 
 
 def test_recipes_are_settings_that_parse(tmp_path):

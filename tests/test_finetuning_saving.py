@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from commands.checkpoint_files import REQUIRED_FILES
-from commands.finetuning_saving import COMPLETE, whole_checkpoints
+from commands.finetuning_saving import (
+    COMPLETE,
+    Papers,
+    WholeCheckpoints,
+    check_keys,
+    complete_folder,
+    find_checkpoint,
+    whole_checkpoints,
+)
 from finetuning import flags, logits_of, losses, run, start
 from paths import ROOT
 
@@ -37,6 +45,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, adapters):
     assert [one.name for one in whole_checkpoints(tmp_path / "whole")] == [
         "checkpoint-3", "checkpoint-6",
     ]  # fmt: skip
+    # Resumed at its end, it trains no step more.
+    ended = run(data, tmp_path / "whole", resume_from_checkpoint="last", **settings)
+    ours = ended.model.state_dict()
+    assert ended.state.global_step == 6
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_resuming_from_other_weights_is_an_error(folder, tmp_path):
@@ -53,6 +66,89 @@ def test_resuming_from_other_weights_is_an_error(folder, tmp_path):
     save_file(weights, checkpoint / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="the checkpoint lacks 1 weights .* has 1 others"):
         run(folder / "clips.jsonl", tmp_path, **settings, resume_from_checkpoint=checkpoint)
+    weights[gate] = weights[gate.replace("layers.1", "layers.9")].clone()
+    save_file(weights, checkpoint / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the checkpoint lacks 0 weights .* has 1 others"):
+        run(folder / "clips.jsonl", tmp_path, **settings, resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="has an adapter, but this run trains whole weights"):
+        run(folder / "clips.jsonl", tmp_path, max_steps=2, resume_from_checkpoint=checkpoint)
+
+
+def test_whole_weights_are_compared_by_name(tmp_path, model):
+    weights = load_file(ROOT / "model.safetensors")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    check_keys(model, tmp_path)
+    weights["model.other"] = torch.zeros(1)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 0 weights .* has 1 others .model.other"):
+        check_keys(model, tmp_path)
+    del weights["model.other"], weights["model.language_model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights .*model.language_model.norm.weight.*0"):
+        check_keys(model, tmp_path)
+
+
+def make_checkpoint(folder, step, *files):
+    (folder / f"checkpoint-{step}").mkdir()
+    for name in files:
+        (folder / f"checkpoint-{step}" / name).touch()
+
+
+def test_a_run_resumes_from_what_can_be_resumed(tmp_path):
+    assert find_checkpoint("last", tmp_path) is None
+    make_checkpoint(tmp_path, 9, COMPLETE, "optimizer.pt")
+    make_checkpoint(tmp_path, 10, COMPLETE, "optimizer.pt")
+    make_checkpoint(tmp_path, 11, "optimizer.pt")
+    make_checkpoint(tmp_path, 2, COMPLETE)
+    assert find_checkpoint("last", tmp_path) == tmp_path / "checkpoint-10"
+    assert find_checkpoint(tmp_path / "checkpoint-9", tmp_path) == tmp_path / "checkpoint-9"
+    for step, words in (
+        (11, "not completely saved"),
+        (2, "no state of the optimizer"),
+        (3, "no s"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            find_checkpoint(tmp_path / f"checkpoint-{step}", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"), [(1, [4, 9]), (2, [3, 4, 9]), (None, [2, 3, 4, 9]), (0, [2, 3, 4, 9])]
+)
+def test_old_checkpoints_go_once_a_new_one_is_whole(tmp_path, limit, left):
+    for step in (2, 3):
+        make_checkpoint(tmp_path, step, COMPLETE)
+    make_checkpoint(tmp_path, 4)
+    make_checkpoint(tmp_path, 9)  # of a run that was killed in a save: it counts for nothing
+    args = SimpleNamespace(
+        save_total_limit=limit, hub_strategy="end", output_dir=str(tmp_path), should_save=True,
+        push_to_hub=False,
+    )  # fmt: skip
+    callback = WholeCheckpoints(args, None)
+    assert args.save_total_limit is None  # the Trainer deletes nothing
+    callback.on_save(args, SimpleNamespace(global_step=4), None)
+    assert sorted(int(p.name.rpartition("-")[2]) for p in tmp_path.iterdir()) == left
+    assert (tmp_path / "checkpoint-4" / COMPLETE).exists()
+
+
+@pytest.mark.parametrize("kind", ["whole", "shards", "adapter"])
+def test_weights_of_an_earlier_run_do_not_stay_beside_new_ones(tmp_path, kind):
+    """Loading would take an adapter, or a single file, before the weights that were trained."""
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    new = {"whole": ["model.safetensors"], "adapter": ["adapter_model.safetensors"]}
+    new = new.get(kind, list(shards.values()))
+    old = {"adapter_config.json", "adapter_model.safetensors", "model.safetensors", "config.json"}
+    for name in {*old, *new}:
+        (tmp_path / name).touch()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    complete_folder(tmp_path, kind != "adapter", Papers(None, "the card", "the adapter's card"))
+    weights = {p.name for p in tmp_path.iterdir() if "model" in p.name and p.suffix != ".py"}
+    if kind == "adapter":
+        assert weights == {"adapter_model.safetensors"} and not (tmp_path / "config.json").exists()
+        assert (tmp_path / "README.md").read_text() == "the adapter's card"
+    else:
+        assert weights == {*new} | ({index.name} if kind == "shards" else set())
+        assert (tmp_path / "README.md").read_text() == "the card"
 
 
 KILLED = """

@@ -1,0 +1,102 @@
+"""The flags and combinations of flags that finetune.py refuses, each with its reason.
+
+They would be ignored without a word, or end the run far from their cause. All other flags of the
+Trainer do what its documentation says.
+"""
+
+import dataclasses
+from pathlib import Path
+
+EVALUATES = "finetune.py does not evaluate while it trains: use evaluation.py on what it saves"
+READS_ALL = "it would read every video once before the first step: sort the data yourself"
+IN_STEP = "batches are made by finetune.py, and all processes get equally many"
+REFUSED = {
+    "do_eval": EVALUATES,
+    "do_predict": EVALUATES,
+    "eval_strategy": EVALUATES,
+    "eval_steps": EVALUATES,
+    "eval_delay": EVALUATES,
+    "eval_on_start": EVALUATES,
+    "eval_accumulation_steps": EVALUATES,
+    "eval_do_concat_batches": EVALUATES,
+    "eval_use_gather_object": EVALUATES,
+    "per_device_eval_batch_size": EVALUATES,
+    "batch_eval_metrics": EVALUATES,
+    "include_for_metrics": EVALUATES,
+    "prediction_loss_only": EVALUATES,
+    "bf16_full_eval": EVALUATES,
+    "fp16_full_eval": EVALUATES,
+    "load_best_model_at_end": EVALUATES,
+    "metric_for_best_model": EVALUATES,
+    "greater_is_better": EVALUATES,
+    "label_names": "labels are made by finetune.py",
+    "length_column_name": READS_ALL,
+    "remove_unused_columns": IN_STEP,
+    "enable_jit_checkpoint": "it writes in the middle of a step, and its checkpoints are not whole",
+    "use_liger_kernel": "Liger has no kernels for this model, which has its own",
+    "liger_kernel_config": "Liger has no kernels for this model, which has its own",
+    "parallelism_config": "sequences are not split over processes: use --fsdp or --deepspeed",
+}
+# Flags of which some values are refused.
+VALUES = {
+    "train_sampling_strategy": ({"group_by_length", "batch_rebalance"}, READS_ALL),
+    "save_strategy": ({"best"}, EVALUATES),
+    "lr_scheduler_type": ({"reduce_lr_on_plateau", "greedy"}, EVALUATES),
+}
+
+
+def refuse_flags(args):
+    """Raises ValueError for a flag of the Trainer that would not do what its name says.
+
+    args: TrainingArguments after their own checks.
+    """
+    for field in dataclasses.fields(args):
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if field.name in REFUSED and (value := getattr(args, field.name)) != default:
+            raise ValueError(f"--{field.name} {_text(value)}: {REFUSED[field.name]}.")
+    for name, (values, reason) in VALUES.items():
+        if (value := _text(getattr(args, name))) in values:
+            raise ValueError(f"--{name} {value}: {reason}.")
+    optim = _text(args.optim)
+    if "lomo" in optim or "layerwise" in optim:
+        raise ValueError(
+            f"--optim {optim}: it steps inside the backward pass, without the learning rates of "
+            "the parts and before gradients are accumulated or clipped."
+        )
+    if args.accelerator_config.dispatch_batches or not args.accelerator_config.even_batches:
+        raise ValueError(
+            f"--accelerator_config with dispatch_batches or uneven batches: {IN_STEP}."
+        )
+    if args.gates_by_layer_every < 1:
+        raise ValueError(
+            f"--gates_by_layer_every is {args.gates_by_layer_every}; it counts logs, from 1."
+        )
+
+
+def refuse_together(model_args, args):
+    """Raises ValueError for flags that contradict each other, or have no part in the run."""
+    model, revision = model_args.model_name_or_path, model_args.model_revision
+    if Path(args.output_dir).resolve() == Path(model).resolve():
+        raise ValueError(
+            f"--output_dir is {args.output_dir}, the folder of the model itself, which the result "
+            "would replace. Name another folder."
+        )
+    if Path(model).is_dir() and revision != "main":
+        raise ValueError(f"--model_revision {revision} is of a model on the Hub, {model} a folder.")
+    for part in ("gates", "merger", "vision"):
+        name = f"{part.removesuffix('s')}_lr"
+        if getattr(args, name) is not None and part not in model_args.parts:
+            raise ValueError(
+                f"--{name} {getattr(args, name)}, but --train is {model_args.train!r}: add {part} "
+                f"to --train, or leave --{name} out."
+            )
+    if model_args.lora_r and (args.fsdp_config or {}).get("activation_checkpointing"):
+        raise ValueError(
+            "fsdp_config's activation_checkpointing renames modules, and then adapters cannot be "
+            "saved. With --lora_r, use --gradient_checkpointing instead."
+        )
+
+
+def _text(value):
+    return str(getattr(value, "value", value))
