@@ -88,7 +88,7 @@ _SUPPOSED = re.compile(
 
 # What leads to the option that is meant, "the right choice is", "Answer:", "so", or confirms it.
 _CUE = (
-    r"\b(?:answer(?:'?s)?|(?:option|choice|letter)(?=\s*(?:is\b|:|=|would|should|must))|"
+    r"\b(?:ans(?:wer(?:'?s)?|\.)?|(?:option|choice|letter)(?=\s*(?:is\b|:|=|would|should|must))|"
     + _any(
         r"choose, chose, select, pick, go(?:ing)? with, conclude, say, so, therefore, thus, hence",
         "it must be, it has to be, it would be, it'?s, it is, that'?s",
@@ -100,7 +100,7 @@ _CUE = (
     )
     + r"\b[\s,:=>-]*)*"
 )
-_LED = re.compile(rf"(?:{_CUE}|(?:答案|选项?|选择|应选)\s*(?:是|为|:)?\s*)$", re.IGNORECASE)
+_LED = re.compile(rf"(?:{_CUE}|(?:答案|选项?|選|选择|应选)\s*(?:是|为|:)?\s*)$", re.IGNORECASE)
 _CONFIRMED = re.compile(
     r"\s*(?:\([^)]*\)\s*)?,?\s*"
     rf"{_any('is, are, looks, seems, appears, must be, would be')}\s+(?:to be\s+)?"
@@ -145,6 +145,7 @@ def read_answer(text: str, options: dict[str, str]) -> str | None:
 def _clean(text):
     """The answer alone: no thoughts, tags, mark-up or quotes, letters in ASCII and in capitals."""
     text = unicodedata.normalize("NFKC", text).replace("’", "'")
+    text = "".join(char for char in text if unicodedata.category(char) != "Cf")  # without width
     thought = r"(?:think\w*|thought|reason\w*|reflect\w*|scratchpad)"
     text = re.sub(rf"(?is)<({thought})>.*?(</\1>|$)", " ", text)
     text = re.split(rf"(?i)</{thought}>", text)[-1]  # some templates open it in the prompt
@@ -159,8 +160,8 @@ def _clean(text):
     def capital(match):
         return match[0][:-1] + match[0][-1].upper()
 
-    text = re.sub(r"(?<![\w)])[(\[][a-z](?=[)\]])", capital, text)
-    named = r"(?i:\b(?:answer|option|choice|letter)\b[\s:=]*(?:is\b[\s:]*)?)\b[a-z]"
+    text = re.sub(r"^[a-z](?=[.):]\s)|(?<![\w)])[(\[][a-z](?=[)\]])", capital, text)
+    named = r"(?i:\b(?:ans(?:wer)?|option|choice|letter)\b[\s:=]*(?:is\b[\s:]*)?)\b[a-z]"
     return re.sub(rf"{named}(?=\s*(?:[.,;:)!?\n]|$))", capital, text)
 
 

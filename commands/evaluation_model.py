@@ -13,6 +13,7 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from commands.checkpoint_files import ADAPTER_CONFIG
 from commands.evaluation_attention import AttentionRecorder, check
 from commands.evaluation_cache import AnswerCache
 from commands.evaluation_manifest import (
@@ -25,6 +26,7 @@ from commands.evaluation_manifest import (
     weights_digest,
 )
 from commands.evaluation_presets import ALIASES, LIMITS
+from commands.model_card import find_file
 from nsa_reference import BRANCHES
 
 # What reading a video can fail with; tasks call sys.exit where a file is missing.
@@ -264,6 +266,11 @@ class VideoNSA(lmms):
 
 def load_model(pretrained, revision, text, **settings):
     """The checkpoint's model with other values of its text config; ValueError if no VideoNSA."""
+    if find_file(pretrained, ADAPTER_CONFIG, revision):
+        raise ValueError(
+            f"{pretrained} is an adapter, not a whole checkpoint. Merge it into its base first: "
+            "finetune.py's --merge_lora does, and so does peft's merge_and_unload()."
+        )
     source = {"revision": revision, "trust_remote_code": True}
     config = AutoConfig.from_pretrained(pretrained, **source)
     if config.model_type != "videonsa":

@@ -438,6 +438,12 @@ def test_a_qwen_is_refused(load, tmp_path):
         load(folder)
 
 
+def test_an_adapter_is_refused(load, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is an adapter, not a whole checkpoint. Merge it"):
+        load(tmp_path)
+
+
 def test_nothing_readable_is_an_error():
     records = [{"task": "a", "error": "x.mp4 is empty"}, {"task": "b", "error": None}]
     with pytest.raises(RuntimeError, match="none of the 1 samples of a could be read.*empty"):

@@ -9,6 +9,15 @@ from commands.evaluation_answers import options_of, plain, read_answer, right_le
 
 # W, X, Y and Z stand for letters of options, in every order. These mean X, ...
 MEANS_X = [
+    "x. The red car",
+    "x) red",
+    "Ans: X",
+    "Ans. X",
+    "ans: x",
+    "\u200bX\u200b",
+    "X is the answer, not Y",
+    "The answer is X (Y is wrong).",
+    "選X",
     "X",
     "x",
     "X.",

@@ -143,6 +143,14 @@ def test_an_adapter_beside_whole_weights_is_not_sent(api, model, capsys):
     assert api.calls == []
 
 
+def test_an_adapter_is_not_sent(api, tmp_path, capsys):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        (tmp_path / name).touch()
+    assert publish.main(["--model", str(tmp_path), "--repo-id", "me/adapter"]) == 2
+    assert "is an adapter, which does not load by itself" in capsys.readouterr().err
+    assert api.calls == []
+
+
 def test_a_target_is_asked_for(capsys):
     with pytest.raises(SystemExit, match="2"):
         publish.main([])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from videonsa import ROOT
 
-from commands.checkpoint_files import listed_files, upload
+from commands.checkpoint_files import ADAPTER_CONFIG, listed_files, upload
 
 LOAD = """
 import sys
@@ -72,6 +72,11 @@ def publish(model, repo_id=None, *, private=False, dry_run=False):
     """List, check and, unless `dry_run`, upload the folder `model`; return the listed names."""
     model = Path(model).resolve()
     names = listed_files(model)
+    if ADAPTER_CONFIG in names:
+        raise ValueError(
+            f"{model} is an adapter, which does not load by itself. Merge it into its base first "
+            "(finetune.py's --merge_lora), or push it where it is made (its --push_to_hub)."
+        )
     sizes = [(model / name).stat().st_size for name in names]
     for name, size in zip(names, sizes, strict=True):
         print(f"{size:>15,}  {name}")
