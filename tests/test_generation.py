@@ -1,11 +1,13 @@
 """Every way to generate gives what one whole prefill, or the row alone, gives."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 from videonsa import generation_videonsa
+from videonsa.prefill_videonsa import MediaFeatures
 
 from tiny import VIDEO, Prompts, make_model, stock_twin
 
@@ -168,6 +170,35 @@ def test_long_prompts_are_encoded_and_read_in_chunks_by_themselves(
             calls.clear()
     finally:
         hook.remove()
+
+
+def test_a_slice_of_features_encodes_the_steps_that_hold_it():
+    """An image of 6 tokens, a video of 3 steps of 2 tokens, an image of 4."""
+    calls = []
+
+    def encode(pixels, grid, return_dict):
+        calls.append((pixels[:, 0].tolist(), grid.tolist()))
+        return SimpleNamespace(pooler_output=[pixels[::4]])
+
+    grid = torch.tensor([[1, 4, 6], [3, 2, 4], [1, 4, 4]])
+    pixels = torch.arange(64.0)[:, None]
+    features = MediaFeatures(encode, pixels, grid, 4, "cpu")
+    assert len(features) == 16
+    assert features[9:11].flatten().tolist() == [36, 40]
+    assert features[10:14].flatten().tolist() == [40, 44, 48, 52]
+    assert calls == [
+        (list(range(32, 48)), [[2, 2, 4]]),
+        (list(range(40, 64)), [[1, 2, 4], [1, 4, 4]]),
+    ]
+
+
+def test_hidden_states_are_those_of_the_whole_prompt(model, prompts, rows, monkeypatch):
+    """A prompt that would be read in chunks is read whole where its states are asked for."""
+    monkeypatch.setattr(generation_videonsa, "PREFILL_CHUNK_SIZE", 6)
+    inputs = prompts.batch(rows[2])
+    options = {"output_hidden_states": True, "return_dict_in_generate": True}
+    outputs = model.generate(**inputs, max_new_tokens=1, **options)
+    assert outputs.hidden_states[0][0].shape[1] == inputs["input_ids"].shape[1]
 
 
 def test_prompt_lookup_generates_the_same(model, prompts):
