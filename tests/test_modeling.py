@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import DynamicCache, StaticCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
@@ -523,6 +524,11 @@ def test_attention_weights_are_given_for_text_and_announced_as_missing_with_visi
     assert not model(**inputs).attentions and not said
     assert not model(**inputs, output_attentions=True).attentions
     assert said and "output_attentions" in said[0]
+
+
+def test_it_is_saved_under_the_names_of_its_state_dict(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
 
 
 # Refusals

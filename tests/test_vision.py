@@ -1,6 +1,7 @@
 """The vision tower equals the stock one: outputs, gradients, chunks, checkpoints, hidden states."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,6 +241,22 @@ def test_angles_that_mixed_precision_cast_are_computed_with_in_float32():
         actual = attention(x, sequences=whole, position_embeddings=cast)
         wide = attention(x, sequences=whole, position_embeddings=[y.float() for y in cast])
     assert torch.equal(actual, wide)
+
+
+def test_lengths_given_for_the_stock_tower_do_not_reach_the_attention(monkeypatch):
+    """Of all windows and frames together, which a call for windows of one length is not."""
+    _, ours = towers()
+    inputs, seen, library = pixels_of(ours, MEDIA["video"]), [], vision.ALL_ATTENTION_FUNCTIONS
+
+    def get_interface(name, default):
+        function = library.get_interface(name, default)
+        return lambda *args, **kwargs: seen.append(kwargs) or function(*args, **kwargs)
+
+    monkeypatch.setattr(
+        vision, "ALL_ATTENTION_FUNCTIONS", SimpleNamespace(get_interface=get_interface)
+    )
+    ours(*inputs, max_seqlen=128, max_window_seqlen=64)
+    assert seen and not any(name.startswith("max_") for kwargs in seen for name in kwargs)
 
 
 def test_hidden_states_lie_as_stock_gives_them():
