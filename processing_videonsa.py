@@ -75,9 +75,9 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
 
     The defaults are qwen-vl-utils': 2 fps, 4 to 768 frames, 100,352 to 602,112 pixels a frame
     (`size`, whose two numbers are `min_pixels` and `max_pixels`), 90,316,800 pixels (115,200
-    tokens) a video. Files are always sampled, unless do_sample_frames=False asks for every frame;
-    frames that are given are taken as they are, unless do_sample_frames=True and metadata come
-    with them.
+    tokens) a video. Files are sampled, unless a call or message asks for every frame with
+    do_sample_frames=False; frames that are given are taken as they are, unless do_sample_frames is
+    True and metadata or num_frames say how to choose.
     """
 
     valid_kwargs = VideoNSAVideoProcessorKwargs
@@ -121,7 +121,8 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             base = asdict(video.settings)
             return video.planned_again(resolve_settings(video.part.settings, settings, base))
         defaults = {name: getattr(self, name, None) for name in (*SETTINGS, "video_backend")}
-        defaults["do_sample_frames"] = None
+        # False is what the library saves without being asked, so it says nothing.
+        defaults["do_sample_frames"] = self.do_sample_frames or None
         settings = resolve_settings(video.settings, settings, defaults)
         sizes = (self.patch_size * self.merge_size, self.temporal_patch_size)
         source = video.source

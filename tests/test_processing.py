@@ -279,6 +279,10 @@ def test_arrays_are_sampled_only_when_asked(processor):
     )
     assert numbers(processor, out) == list(range(0, 50, 5))
     assert out["second_per_grid_ts"].tolist() == [1.0]
+    own = VideoNSAVideoProcessor(do_sample_frames=True)
+    assert own.plan(video, metadata).frames == own.plan(video, num_frames=10).frames == 10
+    own.do_sample_frames = False  # as the library saves it without being asked
+    assert own.plan(video, metadata).frames == 50
     out = processor(text=text, videos=[video], max_tokens=60, fps=10.0, return_tensors="pt")
     assert numbers(processor, out) == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27, 30, 32, 35, 37,
                                        40, 42, 45, 47]  # fmt: skip
