@@ -71,17 +71,28 @@ class PlannedFile(_Planned):
 
     def make_plan(self) -> VideoPlan:
         file, settings = self.file, self.settings
-        self.start = settings.video_start or 0
+        start = self.start = settings.video_start or 0
         end = file.duration
         if settings.video_end is not None:
             end = min(settings.video_end, end)
-        if not self.start < end:
+        if not start < end:
             raise ValueError(
-                f"video_start {self.start:g} and video_end {end:g} leave nothing of {file.name}, "
-                f"which lasts {file.duration:.1f} s."
+                f"video_start {start:g} and video_end {end:g} leave nothing of {file.name}, which "
+                f"lasts {file.duration:.1f} s."
             )
-        frames = max(1, round(file.frames * (end - self.start) / file.duration))
-        return settings.plan(end - self.start, frames, file.height, file.width, *self.sizes)
+        shape = (file.height, file.width, *self.sizes)
+        frames = max(1, round(file.frames * (end - start) / file.duration))
+        plan = settings.plan(end - start, frames, *shape)
+        self.seconds = [start + second for second in plan.seconds]
+        every = settings.do_sample_frames is False
+        if every or 2 * plan.frames > frames:
+            # Headers also count frames that are not shown; so many are counted one by one.
+            times = [time for time in file.frame_times() if start <= time < end] or [start]
+            plan = settings.plan(end - start, len(times), *shape)
+            self.seconds = [start + second for second in plan.seconds]
+            if every:
+                self.seconds = [times[i] for i in _spread(len(times), plan.frames)]
+        return plan
 
     def planned_again(self, settings=None):
         """The same file under other settings, or after its measures have changed."""
@@ -102,7 +113,7 @@ class PlannedFile(_Planned):
         """
         with self.take_file() as file:
             try:
-                for time, frame in file.frames_at([self.start + s for s in self.plan.seconds]):
+                for time, frame in file.frames_at(self.seconds):
                     times.append(time)
                     yield torch.from_numpy(file.image(frame).copy()).permute(2, 0, 1)
             except Remeasure:
@@ -112,18 +123,24 @@ class PlannedFile(_Planned):
     def metadata(self, times=None) -> VideoMetadata:
         """Of the frames on screen at these times, or where the plan looks for them."""
         file, plan = self.file, self.plan
-        if times is None:
+        every = self.settings.do_sample_frames is False
+        if times is None and every:
+            times = self.seconds
+        elif times is None:
             # Times at the file's own rate; which frames there are has not been seen.
-            times = [
-                int((self.start + s + file.CLOSE) * file.rate) / file.rate for s in plan.seconds
-            ]
+            times = [int((s + file.CLOSE) * file.rate) / file.rate for s in self.seconds]
         # A rate at which the frames taken are what the plan says apart.
         total = max(1, round(plan.duration * file.rate))
         rate = total / plan.duration
         indices = [round(time * rate) for time in times]
-        if any(abs(time * rate - i) > 0.25 for time, i in zip(times, indices, strict=True)):
-            # A file of changing rate has no frame number for a time: count on an even grid of
-            # about its mean rate that holds every sampled time exactly.
+        close = min(0.25 / rate, 0.02)
+        even = all(abs(i / rate - time) <= close for time, i in zip(times, indices, strict=True))
+        # A file of changing rate has no frame number for a time.
+        if not even and every:  # count in milliseconds
+            total, rate = max(1, round(plan.duration * 1000)), 1000.0
+            indices = [round(time * rate) for time in times]
+        elif not even:
+            # Count on an even grid of about its mean rate that holds every sampled time exactly.
             step = max(1, round(file.frames * plan.duration / file.duration / plan.frames))
             total, rate = step * plan.frames, step * plan.frames / plan.duration
             indices = [round(self.start * rate) + i for i in range(0, total, step)]

@@ -322,7 +322,7 @@ def _not_as_measured(planned, when):
     return ValueError(
         f"{planned.file.name} is not as long as its header says, or its time stamps are out of "
         f"order, which was seen only after {when}: read it without stream=True and plan_videos, or "
-        f"convert it first: ffmpeg -i {planned.file.name} -c:v libx264 converted.mp4."
+        f"{planned.file.source.convert_hint()}."
     )
 
 

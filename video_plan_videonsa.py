@@ -119,6 +119,7 @@ def plan_video(
         raise ValueError(f"fps is {fps}; it must be positive (2 is usual).")
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames is {num_frames}; at least one frame must be taken.")
+    check_frame_size(height, width, "A frame of the video")
     unit = factor * factor
     if max_pixels < unit:
         logger.warning_once(f"max_pixels is {max_pixels}; using {unit}, the area of one token.")

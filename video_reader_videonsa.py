@@ -1,43 +1,171 @@
 """Video files: their length, size and rate, and the frames on screen at given times.
 
 `VideoFile` reads a file or an address with PyAV, by seeking where that is exact and in order where
-it is not. It knows nothing of plans, tokens or the processor.
+it is not. `Clock` makes times of time stamps, through recordings that were joined as well. Nothing
+here knows of plans, tokens or the processor.
 """
 
 import copy
-import io
 import math
-import os
+import statistics
 from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 from transformers.utils import logging
 
-from .media_sources_videonsa import describe_source
-
-try:
-    import av
-except ImportError:  # reading a file says so; frames that are given need no reader
-    av = None
+from .video_plan_videonsa import MAX_FRAME_PIXELS
+from .video_source_videonsa import VideoSource, av
 
 logger = logging.get_logger(__name__)
 
+# Colour matrices other than BT.601, by FFmpeg's number (AVColorSpace) and by swscale's: BT.709,
+# FCC, SMPTE 240M and two of BT.2020. PyAV before 16 takes all for BT.601.
+MATRICES = {1: 1, 4: 4, 7: 7, 9: 9, 10: 9}
+BT601, LIMITED_RANGE, FULL_RANGE = 5, 1, 2
+SEGMENT = bytes.fromhex("18538067")  # begins what a Matroska file holds; its size follows
+HIGH_DYNAMIC_RANGE = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
+
 
 class Remeasure(Exception):
-    """The file is not as it was measured; its numbers are mended, plan and read again."""
+    """The file is not as it was measured. Its measures are right now: plan and read it again."""
+
+
+class Clock:
+    """Seconds since the first frame for the packets of a track, which come in decoding order.
+
+    Where recordings were joined the time stamps start again; there the time goes on from the end of
+    the packet before. joins: the times at which that was so.  offset: seconds since the first join
+    that are added to what the time stamps say.
+
+    start: time stamp of the first frame.  tick: seconds of one time stamp.  interval: seconds that
+    a packet lasts that does not say.  jumps: whether the format's time stamps may also jump ahead.
+    """
+
+    # Seconds by which time stamps go back or ahead where recordings were joined; the second is
+    # FFmpeg's own.
+    BACK, AHEAD = 0.5, 10
+
+    def __init__(self, start, tick, interval, jumps):
+        self.start, self.tick, self.interval, self.jumps = start, tick, interval, jumps
+        self.last, self.end, self.offset, self.joins = None, 0.0, 0.0, []
+
+    def seconds(self, packet) -> float | None:
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if stamp is None:
+            return None
+        decoded = stamp if packet.dts is None else packet.dts
+        time = (stamp - self.start) * self.tick + self.offset
+        if self.last is not None:
+            step = (decoded - self.last) * self.tick
+            if step < -self.BACK or (self.jumps and step > self.AHEAD):
+                self.offset += self.end - time
+                time = self.end
+                self.joins.append(time)
+        self.last = decoded
+        self.end = max(self.end, time + ((packet.duration or 0) * self.tick or self.interval))
+        return time
+
+
+class Packets(NamedTuple):
+    """What the packets of a file tell without being decoded.
+
+    times: of the frames that are shown, ascending, in seconds since the first.  count: of packets.
+    last_stated: seconds that the last frame lasts by its packet, 0 if that does not say.
+    end: of all tracks, -inf without time stamps.  joins: as `Clock` has them.  at_joins: times of
+    packets that are said to be damaged, where only the recording ends.
+    """
+
+    times: list
+    count: int
+    last_stated: float
+    end: float
+    joins: list
+    at_joins: list
+
+
+class Decoded(NamedTuple):
+    """A frame, its time in seconds since the first one, and the time of the earliest frame lost
+    since the frame before, if one was."""
+
+    time: float
+    frame: object
+    lost: float | None
+
+
+class Losses:
+    """Which frames of a decoder can be trusted around damage, and what was lost to it.
+
+    What a decoder makes up after a damaged packet is not to be shown: the next right frame is one
+    that was sent before the damage, or the next key frame. Frames come out in the order of their
+    times, so what was sent and is passed by was lost.
+
+    seen: whether there has been damage.
+    """
+
+    def __init__(self):
+        self.seen = False
+        self.sent = {}  # times by time stamp, of packets whose frames have not come out
+        self.dropped = []  # times of frames that were not to be shown
+        self.sound = None  # while there is damage, the time stamps of what was sent before it
+        self.has_keys = False  # whether a key frame was sent; otherwise there may never be one
+
+    def send(self, packet, time, damaged):
+        if packet.pts is not None and time is not None:
+            self.sent[packet.pts] = time
+        self.has_keys |= packet.is_keyframe
+        if damaged:
+            self.start(packet)
+
+    def start(self, packet=None):
+        """There is damage from this packet on, or at one that is not known."""
+        self.seen = True
+        if self.sound is None:
+            self.sound = set() if packet is None else set(self.sent) - {packet.pts}
+
+    def receive(self, frame):
+        """The time of a frame that has come out, None where its packet had none."""
+        if len(self.sent) > 64 and not self.seen:  # packets of which no frame is ever shown
+            passed = frame.pts if frame.pts is not None else -math.inf
+            self.sent = {stamp: time for stamp, time in self.sent.items() if stamp >= passed}
+        return self.sent.pop(frame.pts, None)
+
+    def is_right(self, frame, time):
+        """Whether a frame may be shown."""
+        if frame.is_corrupt:
+            self.start()
+        if self.sound is None or (frame.pts in self.sound and not frame.is_corrupt):
+            return True
+        if frame.is_corrupt or (self.has_keys and not frame.key_frame):
+            if time is not None:
+                self.dropped.append(time)
+            return False
+        self.sound = None  # right again from here on
+        return True
+
+    def between(self, last, time):
+        """The time of the first picture lost between two that are shown one after the other."""
+        if not self.seen or time is None:
+            return None
+        lost = min(
+            (t for t in (*self.sent.values(), *self.dropped) if last < t < time), default=None
+        )
+        self.dropped = []
+        return lost
 
 
 class VideoFile:
     """A video file as PyAV decodes it, and the frames on screen at given times.
 
     duration: seconds from the first frame to the end of the last.  frames, rate: how many, per
-    second (of a file of changing rate: the mean).  height, width: pixels, upright.
-    in_order: true when seeking cannot be trusted and the file is decoded from its start.
+    second (of a file of changing rate: the mean).  height, width: pixels as they are to be shown,
+    upright and square.  in_order: true when seeking cannot be trusted and the file is decoded from
+    its start.
 
-    Raises ValueError for a file that is empty, not a video, without a picture track or cut short.
+    Raises ValueError for a file that is empty, not a video, without a picture track, damaged at its
+    start or cut short, and for frames that are too large.
     """
 
-    container = stream = None
     # Seeking in these lands on the wrong frame or loses the first second.
     IN_ORDER = ("avi", "mpeg")
     # Two times closer than this are one; containers round to a millisecond.
@@ -46,48 +174,64 @@ class VideoFile:
     WORTH_SEEKING = 10
     # Frames of a file decoded in order, more than B-frames can be out of their places.
     FIRST_LOOK = 16
+    # Frames before the last that tell how long frames last there.
+    TAIL = 9
 
-    def __init__(self, source: str | bytes):
-        if av is None:
-            raise ImportError(
-                "Reading a video file needs PyAV, which is not installed: pip install av. "
-                "(Or pass the frames themselves.)"
-            )
-        self.source = source
-        self.is_url = isinstance(source, str) and "://" in source
-        self.name = source if self.is_url else os.path.basename(describe_source(source))
-        self.key_gap = math.inf
+    container = stream = None
+
+    def __init__(self, source):
+        self.source = VideoSource(source)
+        self.name = self.source.name
+        self.key_gap, self.joined, self.at_joins, self._times = math.inf, False, [], None
         self._open()
         kind = self.container.format
         self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
         if kind.flags & av.format.Flags.no_timestamps.value:
             self.rate = float(self.stream.guessed_rate or self.rate)
         self.tick = float(self.stream.time_base)
-        self.start, self.stamped = 0, False
-        frames = self._decode()
-        _, first, whole = next(frames, (0, None, True))
+        # Recordings in these formats can be joined byte by byte, and state no duration.
+        self.may_jump = bool(kind.flags & av.format.Flags.ts_discont.value)
+        self.start, self.stamped = 0, None  # not known yet
+        in_order = kind.name in self.IN_ORDER
+        first, lost, stamps = None, None, []
+        for time, frame, lost_from in islice(self._decode(), self.FIRST_LOOK if in_order else 1):
+            if first is None:
+                first, lost = frame, None if lost_from is None else time - lost_from
+            stamps.append(frame.pts)
         if first is None:
-            raise self._error("has no frame that can be decoded")
-        if not whole and first.pts is not None and self.stream.start_time is not None:
-            lost = (first.pts - self.stream.start_time) * self.tick
-            if lost > 2:  # less is usual in a recording that starts between two key frames
-                raise self._error(f"is damaged: its first {lost:.1f} s cannot be decoded")
+            raise self._error(
+                f"has no frame that can be decoded, or none of up to {MAX_FRAME_PIXELS:,} pixels"
+            )
+        if lost is not None and lost > 2:
+            # Less is usual in a recording that starts between two key frames.
+            raise self._error(f"is damaged: its first {lost:.1f} s cannot be decoded")
+        if lost is not None and lost > 2 / self.rate:
+            logger.warning_once(f"{self.name}: its first {lost:.1f} s cannot be decoded; left out.")
+        self._set_shape(first)
+        self.stamped = None not in stamps and stamps == sorted(set(stamps))
+        self.start = stamps[0] if self.stamped else 0
+        self.in_order = in_order or not self.stamped
+        if in_order:
+            self._say_in_order(f"seeking in {kind.name} files is not exact")
+        elif not self.stamped:
+            self._say_in_order("its frames have no time stamps")
+        self._measure()
+
+    def _set_shape(self, first):
         self.quarter_turns = round(first.rotation / 90) % 4
-        self.height, self.width = first.height, first.width
+        # Pixels need not be square: a DVD's 720 x 576 are shown as 1024 x 576.
+        aspect = float(self.stream.sample_aspect_ratio or 1)
+        if not 0.1 < aspect < 10:
+            aspect = 1
+        self.height, self.width = first.height, max(1, round(first.width * aspect))
         if self.quarter_turns % 2:
             self.height, self.width = self.width, self.height
-        self.stamped = first.pts is not None
-        self.in_order = not self.stamped or kind.name in self.IN_ORDER
-        self.start = first.pts if self.stamped else 0
-        try:
-            if self.in_order:
-                self._say_in_order(f"seeking in {kind.name} files is not exact")
-                # Time stamps that are out of order mostly are so from the first B-frame on.
-                for _ in islice(frames, self.FIRST_LOOK):
-                    pass
-            self._measure()
-        except Remeasure:  # measured already
-            pass
+        transfer = HIGH_DYNAMIC_RANGE.get(int(self.stream.codec_context.color_trc or 0))
+        if transfer is not None:
+            logger.warning_once(
+                f"{self.name}: its colours are HDR ({transfer}) and are read as they are stored, "
+                "paler than they are shown; convert it to SDR (BT.709) for its true colours."
+            )
 
     def __enter__(self):
         return self
@@ -95,14 +239,14 @@ class VideoFile:
     def __exit__(self, *error):
         self.close()
 
+    def __del__(self):
+        self.close()  # PyAV's containers and streams refer to each other, and would stay open
+
     def close(self):
         """Frees the decoder; reading opens the file again."""
         if self.container is not None:
             self.container.close()
             self.container = self.stream = None
-
-    def __del__(self):
-        self.close()  # PyAV's containers and streams refer to each other, and would stay open
 
     def closed_copy(self):
         """The same file as it was measured, not open."""
@@ -111,11 +255,37 @@ class VideoFile:
         return other
 
     def image(self, frame) -> np.ndarray:
-        """The upright picture of a frame, uint8 [height, width, 3]."""
+        """The upright picture of a frame, uint8 [height, width, 3], its pixels as stored."""
+        matrix, how = MATRICES.get(int(frame.colorspace)), {}
+        if matrix is not None:
+            how = {
+                "src_colorspace": matrix,
+                "dst_colorspace": BT601,  # RGB has none, but PyAV 15 looks for a difference
+                "src_color_range": int(frame.color_range) or LIMITED_RANGE,
+                "dst_color_range": FULL_RANGE,
+            }
         try:
-            return np.rot90(frame.to_ndarray(format="rgb24"), self.quarter_turns)
+            rgb = frame.reformat(format="rgb24", **how)
+            return np.rot90(rgb.to_ndarray(), self.quarter_turns)
         except av.FFmpegError as error:
             raise self._error(f"has a frame that cannot be shown ({error.strerror})") from error
+
+    def frame_times(self) -> list[float]:
+        """The time of every frame that is shown, from the packets, which are not decoded."""
+        if self._times is None:
+            if not self.stamped:
+                self._times = [i / self.rate for i in range(self.frames)]
+            else:
+                self._times = self._packets_from_start().times
+        return self._times
+
+    def _packets_from_start(self) -> Packets:
+        if self.container is not None and not self.in_order:
+            packets = self._read_packets(0)
+            if packets.times and abs(packets.times[0]) <= self.CLOSE:
+                return packets
+        self._open()
+        return self._read_packets()
 
     def frames_at(self, seconds):
         """Yields (time of the frame, frame) on screen at each of the ascending `seconds`."""
@@ -125,19 +295,19 @@ class VideoFile:
             raise self._error("has no frame that can be decoded")
         for second in seconds:
             key = self._key_before(second)
-            while ahead is not None and ahead[0] <= second + self.CLOSE:
+            while ahead is not None and ahead.time <= second + self.CLOSE:
                 held = ahead
-                gap = second - held[0] > self.key_gap
-                if not self.in_order and (gap or key - held[0] > self.WORTH_SEEKING / self.rate):
+                gap = second - held.time > self.key_gap
+                if not self.in_order and (gap or key - held.time > self.WORTH_SEEKING / self.rate):
                     held, frames = self._seek(second)
                     key = -math.inf
                 ahead = next(frames, None)
-            time, frame, _ = held
+            late = second - held.time > 2 / self.rate + self.CLOSE
             if ahead is None:
-                self._check_end(time, second)
-            elif not ahead[2] and second - time > 2 / self.rate:
+                self._check_end(held.time, second)
+            elif late and ahead.lost is not None and ahead.lost <= second + self.CLOSE:
                 raise self._error(f"is damaged around {second:.1f} s")
-            yield time, frame
+            yield held.time, held.frame
 
     def _check_end(self, last, second):
         """`last` is the time of the last frame that decoded, `second` one that is asked for."""
@@ -147,6 +317,7 @@ class VideoFile:
         if self.in_order and not self.damaged:
             self.frames = self.decoded
             self.duration = last + 1 / self.rate
+            self._times = None
             raise Remeasure
         raise self._error(f"can be read only up to {last:.1f} s of {self.duration:.1f} s")
 
@@ -170,7 +341,7 @@ class VideoFile:
                 first = next(frames, None)
             except av.FFmpegError:
                 first = None
-            if first is not None and first[0] <= second + self.CLOSE:
+            if first is not None and first.time <= second + self.CLOSE:
                 break
             step = max(1.0, 2 * step)
         else:
@@ -178,7 +349,7 @@ class VideoFile:
             frames = self._decode()
             first = next(frames)
         # Seeking pays only for gaps larger than what has to be decoded after it.
-        self.key_gap = max(self.key_gap, second - first[0])
+        self.key_gap = max(self.key_gap, second - first.time)
         return first, frames
 
     def _from_start(self):
@@ -190,50 +361,57 @@ class VideoFile:
                 first = next(frames, None)
             except av.FFmpegError:
                 first = None
-            if first is not None and abs(first[0]) <= self.CLOSE:
+            if first is not None and abs(first.time) <= self.CLOSE:
                 return chain([first], frames)
         self._open()
         return self._decode()
 
     def _decode(self):
-        """Yields (seconds since the first frame, frame, whole) from the current position on.
-
-        whole is false when pictures were lost since the frame before. What a decoder makes up
-        after a damaged packet is not yielded: the next frame is the next key frame.
-        """
-        self.decoded, self.damaged, whole = 0, False, True
-        last, last_key = -math.inf, None
+        """Yields each frame as `Decoded`, from the current position on, damaged ones left out."""
+        self.decoded, self.damaged = 0, False
+        clock, losses, last, last_key = self._clock(), Losses(), -math.inf, None
         try:
             for packet in self._packets(self.stream):
+                if packet.size and not packet.is_discard:
+                    time = clock.seconds(packet)
+                    losses.send(packet, time, packet.is_corrupt and time not in self.at_joins)
+                    if clock.joins and self.stamped and not self.joined:
+                        self.joined = True
+                        self._measure_again()
                 try:
                     frames = packet.decode()
                 except av.InvalidDataError:
-                    self.damaged, whole = True, False
-                    if self.decoded and not self.stamped:  # lost frames cannot be counted
-                        raise self._error(f"is damaged after {last:.1f} s") from None
-                    continue
+                    losses.start(packet)
+                    frames = []
+                self.damaged = losses.seen
+                if self.damaged and self.decoded and self.stamped is False:
+                    raise self._error(f"is damaged after {last:.1f} s")  # what is lost counts
                 for frame in frames:
-                    if not whole and last_key is not None and not frame.key_frame:
+                    time = losses.receive(frame)
+                    if not losses.is_right(frame, time):
+                        self.damaged = True
                         continue
-                    time = self.decoded / self.rate
-                    if self.stamped:
-                        time = math.nan
-                        if frame.pts is not None:
-                            time = (frame.pts - self.start) * self.tick
-                        if not time > last:
-                            if self.damaged:
-                                raise self._error(f"is damaged after {last:.1f} s")
-                            self._distrust_stamps()
-                    if frame.key_frame:
+                    if time is None and frame.pts is not None:
+                        time = (frame.pts - self.start) * self.tick + clock.offset
+                    lost = losses.between(last, time)
+                    if self.stamped is False:
+                        time = self.decoded / self.rate
+                    elif self.stamped and (time is None or time <= last):
+                        if self.damaged:
+                            raise self._error(f"is damaged after {last:.1f} s")
+                        self._distrust_stamps()
+                    if frame.key_frame and time is not None:
                         if last_key is not None:
                             seen = self.key_gap if math.isfinite(self.key_gap) else 0
                             self.key_gap = max(seen, time - last_key)
                         last_key = time
                     self.decoded, last = self.decoded + 1, time
-                    yield time, frame, whole
-                    whole = True
+                    yield Decoded(time, frame, lost)
         except av.FFmpegError:  # the container itself ends in the middle
             self.damaged = True
+
+    def _clock(self):
+        return Clock(self.start, self.tick, 1 / self.rate, self.may_jump)
 
     def _packets(self, *streams):
         try:
@@ -247,23 +425,45 @@ class VideoFile:
     def _distrust_stamps(self):
         self.stamped, self.in_order = False, True
         self._say_in_order("its time stamps are missing or not in order")
+        self._measure_again()
+
+    def _measure_again(self):
+        self._times = None
+        self.in_order = True
         self._measure()
         raise Remeasure
 
     def _measure(self):
         """Sets duration, frames and last_frame_lasts from the packets, which are not decoded."""
-        self.frames, promised = self.stream.frames, self._promised_end()
-        end = everything = None
-        if not self.in_order and promised is not None:
-            end, everything = self._packets_from(promised - 1)
-        if end is None:
-            self._open()
-            end, everything = self._packets_from(None)
-        if self.in_order:
-            self.frames = self.packets
-        if not self.stamped or end is None:
-            end = everything = self.frames / self.rate
+        promised = None if self.may_jump else self._promised_end()
+        packets, back = None, 1.0
+        read_through = self.in_order or self.may_jump or promised is None or self._has_parts()
+        while not read_through:
+            packets = self._read_packets(promised - back)
+            last = packets.times[-1] if packets.times else -math.inf
+            read_through = bool(packets.joins) or last < promised - max(1.0, 0.02 * promised)
+            if len(packets.times) >= self.TAIL or back >= promised:
+                break
+            back *= 8
+        if read_through:
+            packets = self._packets_from_start()
+        if packets.joins and self.stamped:
+            self.joined = self.in_order = True
+            self.at_joins = packets.at_joins
+            starts = ", ".join(f"{time:.1f}" for time in packets.joins[:3])
+            self._say_in_order(
+                f"it is joined of recordings, whose clock starts again at {starts} s"
+            )
+        self.frames = packets.count if read_through else self.stream.frames
+        if self.stamped and packets.times:
+            self.last_frame_lasts = self._last_interval(packets)
+            end = packets.times[-1] + self.last_frame_lasts
+            everything = max(end, packets.end)
+            if read_through:
+                self._times, self.frames = packets.times, len(packets.times)
+        else:
             self.last_frame_lasts = 1 / self.rate
+            end = everything = self.frames / self.rate
         if promised is not None and everything < promised - max(1.0, 0.02 * promised):
             lost = (
                 f"should last {promised:.1f} s by its header, but only the first {end:.1f} s "
@@ -285,54 +485,82 @@ class VideoFile:
             return self.container.duration / av.time_base - self.start * self.tick
         return None
 
-    def _packets_from(self, second):
-        """Ends of the picture and of all tracks, read from `second` on (None: from here)."""
-        stamps, sound, self.packets, self.last_frame_lasts = [], -math.inf, 0, 1 / self.rate
+    def _last_interval(self, packets):
+        """Seconds that the last frame lasts: as long as those before it usually do.
+
+        The length that a file states for it is often a mere default, and the frame before it may
+        have stood for long: a recording of a still screen, stopped.
+        """
+        times = packets.times[-self.TAIL :]
+        gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+        stated = packets.last_stated or 1 / self.rate
+        if not gaps:
+            return stated
+        usual = statistics.median(gaps[:-1]) if len(gaps) > 1 else 1 / self.rate
+        return max(packets.last_stated or usual, min(gaps[-1], usual))
+
+    def _read_packets(self, second=None) -> Packets:
+        """Reads the packets of all tracks, from `second` on (None: from here)."""
+        clock, times, last, sound = self._clock(), [], (-math.inf, 0), -math.inf
+        count, doubtful, at_joins = 0, [], []
         try:
             if second is not None:
                 stamp = max(self.start + int(second / self.tick), self.start)
                 self.container.seek(stamp, stream=self.stream, backward=True)
             for packet in self._packets():
-                picture = packet.stream.index == self.stream.index
-                if not packet.size or packet.is_discard or packet.is_corrupt:
+                if not packet.size or packet.is_discard:
                     continue
-                self.packets += picture
-                time = packet.dts if packet.pts is None else packet.pts
-                if time is None:
+                if packet.stream.index != self.stream.index:
+                    stamp = packet.dts if packet.pts is None else packet.pts
+                    if stamp is not None and not packet.is_corrupt:
+                        ended = float((stamp + (packet.duration or 0)) * packet.time_base)
+                        sound = max(sound, ended - self.start * self.tick)
                     continue
-                if not picture:
-                    ended = float((time + (packet.duration or 0)) * packet.time_base)
-                    sound = max(sound, ended - self.start * self.tick)
+                joins, time = len(clock.joins), clock.seconds(packet)
+                if len(clock.joins) > joins:
+                    # That the end of a recording seems to be damaged is due to what follows it.
+                    at_joins += [t for t in doubtful if t > time - clock.BACK]
+                    doubtful = []
+                if packet.is_corrupt:
+                    doubtful.append(time)
                     continue
-                stamps = sorted([*stamps, time])[-2:]
-                if time == stamps[-1]:
-                    self.last_frame_lasts = (packet.duration or 0) * self.tick or 1 / self.rate
+                count += 1
+                # Before the first frame is what could not be decoded.
+                if time is not None and time > -self.CLOSE:
+                    times.append(time)
+                    last = max(last, (time, (packet.duration or 0) * self.tick))
         except av.FFmpegError:
             pass
-        if not stamps:
-            return None, None
-        # The length that a file states for its last frame is often a mere default.
-        self.last_frame_lasts = max(self.last_frame_lasts, (stamps[-1] - stamps[0]) * self.tick)
-        end = (stamps[-1] - self.start) * self.tick + self.last_frame_lasts
-        return end, max(end, sound)
+        times = sorted(times + at_joins)
+        return Packets(times, count, last[1], sound, clock.joins, at_joins)
+
+    def _has_parts(self):
+        """Whether a Matroska file goes on after its one segment: files joined byte by byte.
+
+        FFmpeg reads them all, but finds the time stamps of the last one only.
+        """
+        if self.container.format.name != "matroska,webm":
+            return False
+        head = self.source.head(1 << 12)
+        at = head.find(SEGMENT)
+        if at < 0:
+            return False
+        start = at + len(SEGMENT)
+        length = 9 - head[start].bit_length()  # bytes of the size, whose first bit set tells
+        size = int.from_bytes(head[start : start + length], "big") & ((1 << 7 * length) - 1)
+        if size == (1 << 7 * length) - 1:  # not known, as of a live recording
+            return False
+        return start + length + size < self.container.size
 
     def _open(self):
         """Opens the file (again): the one way back to the start that every format has."""
         self.close()
-        source = self.source
-        if isinstance(self.source, bytes):
-            source = io.BytesIO(self.source)
-        elif not self.is_url:
-            if not os.path.exists(self.source):
-                raise FileNotFoundError(f"There is no video file {describe_source(source)}.")
-            if os.path.isfile(self.source) and not os.path.getsize(self.source):
-                raise self._error("is empty (0 bytes)")
         try:
-            self.container = av.open(
-                source, metadata_errors="replace", timeout=30 if self.is_url else None
-            )
+            self.container = self.source.open()
         except (av.FFmpegError, OSError) as error:
             reason = getattr(error, "strerror", None) or error
+            if isinstance(error, ValueError):  # invalid data, or no format of the list
+                reason = "it is damaged, or of no format that recordings have"
             raise self._error(f"cannot be opened as a video ({reason})") from error
         cover = av.stream.Disposition.attached_pic
         pictures = [s for s in self.container.streams.video if not s.disposition & cover]
@@ -340,14 +568,15 @@ class VideoFile:
             tracks = sorted({stream.type for stream in self.container.streams}) or ["none"]
             raise self._error(f"has no picture track (tracks: {', '.join(tracks)})")
         self.stream = pictures[0]
-        if self.stream.codec_context is None:
+        context = self.stream.codec_context
+        if context is None:
             raise self._error("has a picture track of a format that PyAV does not decode")
+        if context.height * context.width > MAX_FRAME_PIXELS:
+            raise self._error(
+                f"has no frame of up to {MAX_FRAME_PIXELS:,} pixels, but of "
+                f"{context.height:,}x{context.width:,}"
+            )
+        context.options = {**context.options, "max_pixels": str(MAX_FRAME_PIXELS)}
 
     def _error(self, what):
-        remedy = (
-            "check the address"
-            if self.is_url
-            else "use a complete video file; if a player shows this one, convert it first: "
-            f"ffmpeg -i {self.name} -c:v libx264 converted.mp4"
-        )
-        return ValueError(f"{self.name} {what}: {remedy}.")
+        return ValueError(f"{self.name} {what}: {self.source.convert_hint()}.")

@@ -66,12 +66,13 @@ def write_clip(
     late=0,
     sound=0,
     sound_first=False,
+    context=None,
 ):
     """Writes frames 0 to count - 1 and returns the path.
 
     times_ms: each frame's time in milliseconds, instead of the constant `rate`.
     late: seconds that every packet is moved by.  sound: seconds of a tone beside the picture.
-    container: options of the file format.
+    container: options of the file format.  context: attributes of the encoder.
     """
     path = Path(path)
     with av.open(str(path), "w", options=container or {}) as file:
@@ -80,6 +81,8 @@ def write_clip(
         stream.height, stream.width, stream.pix_fmt = height, width, pixels
         if sound and not sound_first:
             tone = file.add_stream("aac", rate=16000, layout="mono")
+        for name, value in (context or {}).items():
+            setattr(stream.codec_context, name, value)
         tick = Fraction(1, 1000) if times_ms else Fraction(1, rate)
         stream.codec_context.time_base = tick
 
@@ -156,12 +159,12 @@ def cut_short(folder):
     return path
 
 
-def with_a_hole(folder, name, start, end):
+def with_a_hole(folder, name, start, end, options=None):
     """10 s whose bytes between two fractions of the file are zeros; its index is whole."""
     path = write_clip(
         folder / name,
         100,
-        options={"g": "25", "crf": "10"},
+        options=options or {"g": "25", "crf": "10"},
         container={"movflags": "faststart"},
     )
     data = bytearray(path.read_bytes())
@@ -190,6 +193,88 @@ def long_sound(folder, suffix=".mp4"):
 def late_start(folder, suffix):
     """6 s whose first frame is stamped 5 s."""
     return write_clip(folder / f"late{suffix}", 60, late=5, options={"g": "20", "bf": "2"})
+
+
+def joined(folder, suffix, first, second, **options):
+    """Two recordings of so many frames joined byte by byte: the clock starts again between them."""
+    parts = []
+    for name, count, before in (("first", first, 0), ("second", second, first)):
+        parts.append(
+            write_clip(
+                folder / f"{name}{suffix}",
+                count,
+                paint=lambda n, h, w, before=before: frame_image(n + before, h, w),
+                **options,
+            ).read_bytes()
+        )
+    path = folder / f"joined_{first}_{second}{suffix}"
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+STOPPED_MS = [33 * i for i in range(60)] + [12000]
+
+
+def stopped_after_stillness(folder, suffix, gop):
+    """A screen that moved for 2 s and was still for 10, until the recording was stopped."""
+    return write_clip(
+        folder / f"stopped_{gop}{suffix}",
+        61,
+        rate=30,
+        times_ms=STOPPED_MS,
+        options={"bf": "0", "g": str(gop)},
+        sound=12.1,
+    )
+
+
+BURSTS_MS = [33 * i for i in range(30)] + [300_000 + 33 * i for i in range(30)]
+
+
+def two_bursts(folder):
+    """Two seconds of pictures, five minutes apart: a mean rate of 0.2 frames a second."""
+    return write_clip(folder / "bursts.mp4", 60, rate=30, times_ms=BURSTS_MS, options={"bf": "0"})
+
+
+def hidden_start(folder):
+    """An MP4 of 60 frames whose edit list hides the first 15; its header counts all."""
+    return write_clip(folder / "hidden.mp4", 60, late=-1.5, options={"g": "60", "bf": "0"})
+
+
+def of_another_matrix(folder, name, matrix, full=False):
+    """Pictures whose colours are stored by BT.709 (1) or BT.2020 (9), and said to be."""
+    path = folder / name
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=10, options={"qp": "4"})
+        stream.height, stream.width, stream.pix_fmt = 96, 160, "yuv444p"
+        stream.codec_context.colorspace = matrix
+        stream.codec_context.color_range = 2 if full else 1
+        for number in range(10):
+            frame = av.VideoFrame.from_ndarray(frame_image(number, 96, 160), format="rgb24")
+            frame = frame.reformat(
+                format="yuv444p",
+                src_colorspace=5,
+                dst_colorspace=matrix,
+                src_color_range=2,
+                dst_color_range=2 if full else 1,
+            )
+            frame.pts, frame.time_base = number, Fraction(1, 10)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+def claiming_size(folder, height, width):
+    """An AVI of a few kilobytes whose header and pictures claim to be of this size."""
+    path = write_clip(folder / "huge.avi", 4, codec="mjpeg", pixels="yuvj420p")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"strf") + 8 + 4
+    data[at : at + 8] = struct.pack("<ii", width, height)
+    at = data.find(b"\xff\xc0")  # the head of each JPEG
+    while at >= 0:
+        data[at + 5 : at + 9] = struct.pack(">HH", height, width)
+        at = data.find(b"\xff\xc0", at + 1)
+    path.write_bytes(data)
+    return path
 
 
 def ten_bit(folder):

@@ -1,9 +1,15 @@
 """Video files as users have them: the frames that come out are those on screen at their times."""
 
+import base64
 import http.server
+import io
+import os
+import resource
 import sys
 import threading
 import time
+from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -11,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 from transformers.utils import logging
+from videonsa.video_plan_videonsa import plan_video
 from videonsa.video_reader_videonsa import Remeasure, VideoFile
 
 import clips
@@ -206,6 +213,146 @@ def test_shuffled_stamps(processor, folder, caplog):
     assert "decoding the whole file from its start" in caplog.text
 
 
+JOINED = {
+    "h264.ts": {"options": {"g": "20", "bf": "3"}},
+    "plain.ts": {"options": {"g": "20", "bf": "0"}},
+    "h264.mkv": {"options": {"g": "20", "bf": "0"}},
+    "mpeg2.mpg": {"codec": "mpeg2video", "rate": 25},
+}
+
+
+@pytest.mark.parametrize("counts", [(20, 30), (30, 20), (30, 30), (60, 8)], ids=str)
+@pytest.mark.parametrize("kind", JOINED)
+def test_joined_recordings(processor, folder, caplog, kind, counts):
+    """A clock that starts again: every frame of both, at its time, and one notice."""
+    name, suffix = kind.split(".")
+    options, rate = JOINED[kind], JOINED[kind].get("rate", 10)
+    path = clips.joined(folder, f"_{name}.{suffix}", *counts, **options)
+    times, duration = [i / rate for i in range(sum(counts))], sum(counts) / rate
+    frames, metadata, _ = read(processor, path, fps=rate / 2)
+    check(frames, metadata, times, duration)
+    frames, metadata, _ = read(processor, path, do_sample_frames=False)
+    assert [clips.number_in(frame) for frame in frames] == list(range(sum(counts)))
+    said = [line for line in caplog.messages if "joined of recordings" in line]
+    assert len(said) == 1 and f"starts again at {counts[0] / rate:.1f} s" in said[0]
+
+
+def test_a_clock_that_jumps_ahead(processor, folder):
+    """The second recording of a transport stream comes from later in the day."""
+    parts = [
+        clips.write_clip(folder / "now.ts", 30, options={"bf": "0"}),
+        clips.write_clip(
+            folder / "later.ts",
+            20,
+            options={"bf": "0"},
+            late=5000,
+            paint=lambda n, h, w: clips.frame_image(n + 30, h, w),
+        ),
+    ]
+    path = folder / "day.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    check(*read(processor, path, fps=2)[:2], TENTHS, 5)
+
+
+@pytest.mark.parametrize("gop", [1, 10])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_long_gap_before_the_last_picture(processor, folder, suffix, gop):
+    path = clips.stopped_after_stillness(folder, suffix, gop)
+    frames, metadata, _ = read(processor, path, fps=0.5)
+    assert metadata.duration == pytest.approx(12.033, abs=0.1)
+    assert [clips.number_in(frame) for frame in frames] == [0, 59, 59, 59, 59, 59]
+
+
+def test_a_low_mean_rate(processor, folder):
+    path, times = clips.two_bursts(folder), [ms / 1000 for ms in clips.BURSTS_MS]
+    for fps in (0.02, 0.1):
+        frames, metadata, _ = read(processor, path, fps=fps)
+        check(frames, metadata, times, metadata.duration)
+        assert metadata.duration == pytest.approx(301, abs=0.1)
+        assert np.diff(metadata.timestamps) == pytest.approx(301 / len(frames), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"do_sample_frames": False}, {"num_frames": 60}, {"fps": 20.0}, {"fps": 9.0}],
+    ids=str,
+)
+def test_no_frame_comes_twice_where_the_header_counts_hidden_ones(processor, folder, settings):
+    frames, metadata, _ = read(processor, clips.hidden_start(folder), **settings)
+    numbers = [clips.number_in(frame) for frame in frames]
+    assert len(numbers) >= 40 and numbers[0] == 15
+    assert len(set(numbers)) == len(numbers)
+    if "do_sample_frames" in settings:
+        assert numbers == list(range(15, 60)) and metadata.total_num_frames == 45
+
+
+def test_every_frame_of_a_changing_rate(processor, folder):
+    path, times = clips.changing_rate(folder), [ms / 1000 for ms in clips.CHANGING_RATE_MS]
+    frames, metadata, out = read(processor, path, do_sample_frames=False)
+    assert [clips.number_in(frame) for frame in frames] == list(range(80))
+    assert metadata.timestamps == pytest.approx(times, abs=1e-3)
+    assert out["second_per_grid_ts"].tolist() == pytest.approx([2 * 6 / 80])
+    part = {"do_sample_frames": False, "video_start": 1.0, "video_end": 3.0}
+    frames, metadata, _ = read(processor, path, **part)
+    assert [clips.number_in(frame) for frame in frames] == list(range(31, 65))
+    streamed = processor.video_processor(
+        [str(path)], do_sample_frames=False, stream=True, return_metadata=True
+    )
+    assert streamed["video_metadata"][0].timestamps == pytest.approx(times, abs=1e-3)
+
+
+HOLES = [(0.27, 0.275), (0.4, 0.41), (0.45, 0.48), (0.55, 0.56), (0.62, 0.7), (0.76, 0.77)]
+
+
+@pytest.mark.parametrize("hole", HOLES, ids=str)
+@pytest.mark.parametrize("options", [{"g": "12"}, {"g": "12", "bf": "0"}], ids=["B", "no B"])
+def test_a_hole_is_seen_or_does_not_matter(folder, options, hole):
+    """With B-frames, pictures from before a lost packet come out after it."""
+    path = clips.with_a_hole(folder, "hole.mp4", *hole, options=options)
+    with VideoFile(str(path)) as file:
+        shown, asked = [], [i * file.duration / 40 for i in range(40)]
+        try:
+            for time, frame in file.frames_at(asked):
+                first = file.start * file.tick  # later than 0 where the start was lost
+                assert clips.number_in(file.image(frame)) == round(10 * (time + first))
+                shown.append(time)
+        except ValueError as error:
+            assert "hole.mp4 is damaged around" in str(error) or "only up to" in str(error)
+    assert len(shown) >= 4  # what comes before the hole is right
+    assert all(second - time <= 0.201 for time, second in zip(shown, asked, strict=False))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["limited range", "full range"])
+@pytest.mark.parametrize("matrix", [1, 9], ids=["BT.709", "BT.2020"])
+def test_colours_are_read_as_they_were_stored(folder, matrix, full):
+    path = clips.of_another_matrix(folder, f"matrix{matrix}{full}.mp4", matrix, full)
+    with VideoFile(str(path)) as file:
+        ((_, frame),) = file.frames_at([0])
+        image = file.image(frame).astype(int)
+    for corner, colour in (((8, 8), clips.RED), ((8, -8), clips.GREEN), ((-8, 8), clips.BLUE)):
+        assert np.abs(image[corner] - colour).max() <= 4
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
+def test_colours_that_are_not_mapped_are_said_once(folder, caplog, transfer, name):
+    path = clips.write_clip(folder / f"hdr{transfer}.mp4", 10, context={"color_trc": transfer})
+    for _ in range(2):
+        VideoFile(str(path)).close()
+    said = [line for line in caplog.messages if "HDR" in line]
+    assert len(said) == 1 and f"hdr{transfer}.mp4: its colours are HDR ({name})" in said[0]
+
+
+def test_pixels_that_are_not_square_are_shown_as_they_look(processor, folder):
+    """As on a DVD: stored as 96 x 160, shown as 96 x 240."""
+    aspect = {"sample_aspect_ratio": Fraction(3, 2)}
+    path = clips.write_clip(folder / "dvd.mp4", 20, context=aspect)
+    frames, metadata, _ = read(processor, path, max_pixels=28 * 28 * 200)
+    assert (metadata.height, metadata.width) == (96, 240)
+    assert frames.shape[1:3] == (84, 252)
+    assert [clips.number_in(frame) for frame in frames] == [0, 5, 10, 15]
+    assert all(map(clips.is_upright, frames))
+
+
 @pytest.mark.parametrize(
     ("max_pixels", "size", "tokens"), [(50176, (168, 280), 60), (602112, (252, 420), 135)]
 )
@@ -363,6 +510,105 @@ def test_frames_are_resized_as_the_parent_does(processor, folder):
     torch.testing.assert_close(out["pixel_values_videos"], resized["pixel_values_videos"])
 
 
+NAMES = ["with space.mp4", "100%.mp4", "50%25.mp4", "a#b.mp4", "a?b=c.mp4", "12:30:45.mp4",
+         "Film: Title.mp4", "-dash.mp4", "it's.mp4", 'say "hi".mp4', "concat:a.mp4", "ünï.mp4",
+         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_names(processor, folder, monkeypatch, name):
+    path = clips.write_clip(folder / "named.mp4", 20).rename(folder / name)
+    monkeypatch.chdir(folder)
+    plain = read(processor, path)[2]["pixel_values_videos"]
+    for source in (name, path.as_uri(), f"file://{path}", Path(name)):
+        part = {"type": "video", "video": source}
+        messages = [{"role": "user", "content": [part]}]
+        call = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        out = processor.apply_chat_template(messages, **call)
+        assert torch.equal(out["pixel_values_videos"], plain), source
+
+
+def test_bytes_open_files_and_data_addresses(processor, folder):
+    path = clips.write_clip(folder / "plain.mp4", 20)
+    data = path.read_bytes()
+    uri = "data:video/mp4;base64," + base64.b64encode(data).decode()
+    plain = read(processor, path)[2]["pixel_values_videos"]
+    with path.open("rb") as file:
+        for source in (data, bytearray(data), io.BytesIO(data), file, uri):
+            message = [{"role": "user", "content": [{"type": "video", "video": source}]}]
+            call = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+            for stream in (False, True):
+                kwargs = {"processor_kwargs": {"stream": stream}}
+                out = processor.apply_chat_template(message, **call, **kwargs)
+                assert torch.equal(out["pixel_values_videos"][:], plain)
+            planned, (plan,) = processor.plan_videos(message)
+            assert plan.tokens == 30
+            out = processor.apply_chat_template(planned, **call)
+            assert torch.equal(out["pixel_values_videos"], plain)
+
+
+def test_what_is_not_a_video_is_refused_without_its_content(processor, folder):
+    secret = "c2VjcmV0" * 100
+    refused = {
+        "data:video/mp4;base64," + secret: "a file of 600 bytes cannot be opened",
+        b"secret" * 100: "a file of 600 bytes cannot be opened",
+        "rtsp://host/camera": "no video file rtsp://host/camera. Addresses begin with http://",
+        "secret" * 1000: "There is no video file 'secret",
+    }
+    for source, message in refused.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+            processor.video_processor([source])
+        assert "secretsecret" * 12 not in str(error.value) and secret[:200] not in str(error.value)
+
+
+def test_no_other_file_is_opened(processor, folder, monkeypatch):
+    """What somebody uploads is a recording or it is refused."""
+    inner = clips.write_clip(folder / "inner.ts", 20)
+    clips.write_clip(folder / "inner.mp4", 20)
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:2.0,\n{}\n#EXT-X-ENDLIST\n"
+    texts = {
+        "absolute.m3u8": playlist.format(inner),
+        "relative.mp4": playlist.format("inner.ts"),
+        "address.ts": playlist.format(f"file://{inner}"),
+        "concat.mp4": "ffconcat version 1.0\nfile 'inner.mp4'\n",
+        "notes.txt": "hello world\nthis is a note\n" * 50,
+        "drawing.svg": "<svg xmlns='http://www.w3.org/2000/svg' width='99' height='99'/>",
+        "session.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+        for source in (str(folder / name), text.encode()):
+            with pytest.raises(ValueError, match="of no format that recordings have"):
+                processor.video_processor([source])
+    names = [f"concat:{inner}|{inner}", f"subfile,,start,0,end,999,,:{inner}", f"cache:{inner}"]
+    for name in names:
+        with pytest.raises(FileNotFoundError, match="There is no video file"):
+            processor.video_processor([name])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_does_not_hang(processor, folder):
+    os.mkfifo(folder / "pipe.mp4")
+    with pytest.raises(ValueError, match=r"pipe\.mp4 is a pipe or a device"):
+        processor.video_processor([str(folder / "pipe.mp4")])
+
+
+def test_enormous_frames_are_refused_by_the_header(folder):
+    path = clips.claiming_size(folder, 30000, 30000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"huge\.avi has no frame .*of up to 178,956,970 pixels"):
+        VideoFile(str(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
+    with pytest.raises(ValueError, match=r"30,000x30,000 pixels, more than the 178,956,970"):
+        plan_video(5, 50, 30000, 30000)
+
+
+def test_commands_in_errors_can_be_pasted(processor, folder):
+    (folder / "my film; rm x.mp4").write_text("no video at all " * 100)
+    with pytest.raises(ValueError, match=r"ffmpeg -i 'my film; rm x\.mp4' -c:v libx264 conv"):
+        read(processor, folder / "my film; rm x.mp4")
+
+
 def test_a_url(processor, folder):
     clips.write_clip(folder / "plain.mp4", 50)
 
@@ -429,13 +675,13 @@ def test_a_file_is_opened_once(processor, folder, opened, name):
 
 def test_what_is_read_in_order_is_measured_once(processor, folder, monkeypatch, module):
     path = str(clips.write_clip(folder / "order.avi", 60, codec="mpeg4"))
-    measured, measure = [], module.VideoFile._packets_from
+    measured, measure = [], module.VideoFile._read_packets
 
-    def counting(file, second):
+    def counting(file, second=None):
         measured.append(second)
         return measure(file, second)
 
-    monkeypatch.setattr(module.VideoFile, "_packets_from", counting)
+    monkeypatch.setattr(module.VideoFile, "_read_packets", counting)
     part = {"type": "video", "video": path}
     messages, _ = processor.plan_videos([{"role": "user", "content": [part]}])
     messages, _ = processor.plan_videos(messages, max_tokens=30)
