@@ -37,6 +37,8 @@ from commands.finetuning_model import PARTS, keep_vision_calls_equal, load_model
 from commands.finetuning_saving import check_keys, find_checkpoint, make_papers, save_result
 from commands.finetuning_trainer import VideoNSATrainer
 
+logger = transformers.utils.logging.get_logger("finetune")
+
 
 @dataclass
 class ModelArguments:
@@ -162,6 +164,12 @@ def main(argv=None):
     model_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
     refuse_together(model_args, args)
     transformers.utils.logging.set_verbosity(args.get_process_log_level())
+    base_is_local = Path(model_args.model_name_or_path).is_dir()
+    if args.push_to_hub and base_is_local and model_args.lora_r and not model_args.merge_lora:
+        logger.warning(
+            f"The adapter that is pushed names {model_args.model_name_or_path} as its base, which "
+            "only this machine has. Push the base and train from its id, or add --merge_lora."
+        )
     transformers.set_seed(args.seed)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     load = {"revision": revision, "trust_remote_code": True}

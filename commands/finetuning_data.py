@@ -4,12 +4,14 @@ A row is rendered and tokenised once, each medium one placeholder. Its videos ar
 token budget and read as planned, and each placeholder becomes as many tokens as its plan says.
 """
 
+import io
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers.image_utils import load_image
@@ -188,7 +190,9 @@ class Conversations(Dataset):
         tokens = []
         for part in all_parts(messages):
             if part["type"] == "image":
-                image = part["image"] = load_image(part["image"])
+                image = part["image"]
+                image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+                image = part["image"] = load_image(image)
                 patches = images.get_number_of_image_patches(image.height, image.width, {})
                 tokens.append(patches // images.merge_size**2)
         return tokens

@@ -10,6 +10,7 @@ from pathlib import Path
 EVALUATES = "finetune.py does not evaluate while it trains: use evaluation.py on what it saves"
 READS_ALL = "it would read every video once before the first step: sort the data yourself"
 IN_STEP = "batches are made by finetune.py, and all processes get equally many"
+COMPILES = "the kernels are compiled already, and every batch has shapes of its own"
 REFUSED = {
     "do_eval": EVALUATES,
     "do_predict": EVALUATES,
@@ -35,6 +36,9 @@ REFUSED = {
     "enable_jit_checkpoint": "it writes in the middle of a step, and its checkpoints are not whole",
     "use_liger_kernel": "Liger has no kernels for this model, which has its own",
     "liger_kernel_config": "Liger has no kernels for this model, which has its own",
+    "torch_compile": COMPILES,
+    "torch_compile_backend": COMPILES,
+    "torch_compile_mode": COMPILES,
     "parallelism_config": "sequences are not split over processes: use --fsdp or --deepspeed",
 }
 # Flags of which some values are refused.

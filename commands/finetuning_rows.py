@@ -13,7 +13,6 @@
 is skipped. docs/training.md lists all that is taken.
 """
 
-import io
 import json
 import os
 import re
@@ -21,7 +20,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
-from transformers.image_utils import load_image
 
 MEDIA = ("image", "video")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -64,7 +62,7 @@ def to_messages(row, folder) -> list[dict]:
     messages = parse_row(row)
     for part in all_parts(messages):
         if part["type"] in MEDIA:
-            part[part["type"]] = _located(part[part["type"]], folder, part["type"])
+            part[part["type"]] = _located(part[part["type"]], folder)
     return messages
 
 
@@ -392,16 +390,14 @@ def _set_for_one_video(messages, row):
 # Where they are.
 
 
-def _located(source, folder, kind):
-    """A medium with its path from `folder`; a folder of frames becomes the list of its pictures."""
+def _located(source, folder):
+    """A medium as the processor takes it, its path from `folder`: a file or a folder of frames."""
     if isinstance(source, (list, tuple)):
-        return [_located(frame, folder, "image") for frame in source]
+        return [_located(frame, folder) for frame in source]
     if isinstance(source, dict):  # as `datasets` stores them
         if not (found := source.get("bytes") or source.get("path")):
-            raise ValueError(f"an {kind} has neither bytes nor a path: {_short(source)}")
+            raise ValueError(f"a medium has neither bytes nor a path: {_short(source)}")
         source = found
-    if isinstance(source, bytes):
-        return load_image(Image.open(io.BytesIO(source))) if kind == "image" else io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
         return source
     source = os.fspath(source)
@@ -412,19 +408,4 @@ def _located(source, folder, kind):
     path = Path(folder, source)
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
-    if path.is_dir() and kind == "video":
-        return _frames(path)
     return str(path)
-
-
-def _frames(folder):
-    """The pictures in a folder, in the order of the numbers in their names."""
-    names = [one.name for one in folder.iterdir() if one.suffix.lower() in PICTURES]
-    names = [name for name in names if not name.startswith(".")]
-    if not names:
-        raise ValueError(f"the folder {folder} has no pictures, so it is no video")
-    return [str(folder / name) for name in sorted(names, key=_natural)]
-
-
-def _natural(name):
-    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]

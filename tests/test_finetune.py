@@ -360,6 +360,7 @@ def test_settings_come_from_a_file_and_flags_override_it(folder, tmp_path):
         ({"remove_unused_columns": "true"}, "--remove_unused_columns True"),
         ({"enable_jit_checkpoint": True}, "--enable_jit_checkpoint"),
         ({"use_liger_kernel": True}, "--use_liger_kernel"),
+        ({"torch_compile": True}, "--torch_compile True"),
         ({"optim": "lomo"}, "--optim lomo"),
         ({"accelerator_config": '{"dispatch_batches": true}'}, "--accelerator_config"),
         ({"accelerator_config": '{"even_batches": false}'}, "--accelerator_config"),
@@ -387,8 +388,7 @@ TAKEN = """
     optim_target_modules output_dir per_device_train_batch_size project push_to_hub report_to
     restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node
     save_only_model save_steps save_strategy save_total_limit seed skip_memory_metrics tf32
-    torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
-    trackio_bucket_id trackio_space_id trackio_static_space_id train_sampling_strategy use_cache
+    torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id train_sampling_strategy use_cache
     use_cpu warmup_steps weight_decay
 """
 
