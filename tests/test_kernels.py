@@ -344,6 +344,13 @@ def test_choice_equals_float64(case, group, monkeypatch):
     check_choice(case, torch.float32)
 
 
+def test_an_own_block_past_the_last_group_of_means_is_chosen(monkeypatch):
+    """It is incomplete, and all groups of means are full."""
+    monkeypatch.setattr(choice, "GROUP", 2)
+    monkeypatch.setattr(choice, "MEANS", 16)
+    check_choice(tiny((8 * 16 + 5,), cached=8 * 16), torch.float32)
+
+
 @gpu
 @sizes(
     "case",
