@@ -221,6 +221,18 @@ def test_hybrid_is_as_accurate_as_eager(case, monkeypatch):
         assert lists[0].hot_count.sum() > 0 and lists[0].cold_count.sum() > 0
 
 
+def test_cold_pairs_of_the_last_of_many_samples(monkeypatch):
+    """Its blocks have numbers past those of a single sample of as many keys."""
+    use_hybrid(monkeypatch)
+    q, k, v, _, cu_q, cu_k = packed(tiny((40,) * 5, 2, 1, cached=38), torch.float32, device=DEVICE)
+    blocks = torch.tensor([2, 3, 4], dtype=torch.int32, device=DEVICE).expand(len(q), 1, 3)
+    got, wanted = (
+        module.selected_attention(q, k, v, blocks, cu_q, cu_k, block_size=8)
+        for module in (kernels, reference)
+    )
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_float16_is_as_accurate_as_eager(monkeypatch):
     use_hybrid(monkeypatch)
     check_layer(tiny((127,), cached=100), torch.float16, monkeypatch)
