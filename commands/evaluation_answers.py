@@ -188,6 +188,7 @@ def _mentions(text):
     """The `_Mention`s of a text, in order."""
     found = []
     for group in _LETTERS.finditer(text):
+        # What is farther off than 200 characters says nothing of a letter.
         before, after = text[max(group.start() - 200, 0) : group.start()], text[group.end() :]
         singles = list(_SINGLE.finditer(text, group.start(), group.end()))
         if group[0][-1] not in ")]" and not _AFTER.match(after):
