@@ -97,8 +97,9 @@ def make_card(
 def base_model(source: str | Path, revision: str | None = None) -> str | None:
     """The Hub id of the model that `source` is or was made from; None where nothing tells it.
 
-    A folder of the Hub's cache names its repository; any other folder goes by its card. A local
-    path is never given: it says nothing to anybody else.
+    A folder of the Hub's cache names its repository; any other goes by its card, or by its config
+    where that names one of Qwen's models, as older transformers wrote there what was loaded. A
+    local path is never given: it says nothing to anybody else.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -108,7 +109,12 @@ def base_model(source: str | Path, revision: str | None = None) -> str | None:
         return f"{cached[1]}/{cached[2]}"
     named = read_metadata(source, revision).get("base_model")
     named = named[0] if isinstance(named, list) and named else named
-    return named if isinstance(named, str) and HUB_ID.fullmatch(named) else None
+    if isinstance(named, str) and HUB_ID.fullmatch(named):
+        return named
+    config = find_file(folder, "config.json")
+    text = config.read_text(encoding="utf-8") if config else ""
+    loaded = re.search(r'"_name_or_path": "(Qwen/[\w.-]+)"', text)
+    return loaded[1] if loaded else None
 
 
 def find_file(source: str | Path, name: str, revision: str | None = None) -> Path | None:

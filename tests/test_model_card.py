@@ -46,6 +46,18 @@ def test_a_folder_of_the_hubs_cache_and_an_id_name_themselves(tmp_path):
     assert base_model(snapshot) == base_model("me/VideoNSA-7B") == "me/VideoNSA-7B"
 
 
+def test_a_config_names_the_base_where_the_card_does_not(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(f'{{"_name_or_path": "{QWEN}"}}')
+    assert base_model(tmp_path) == QWEN
+    for local in ("runs/checkpoint-100", "/home/me/Qwen", "./Qwen/Qwen2.5-VL-7B-Instruct"):
+        config.write_text(f'{{"_name_or_path": "{local}"}}')
+        assert base_model(tmp_path) is None
+    write_readme(tmp_path, "base_model: other/one")
+    config.write_text(f'{{"_name_or_path": "{QWEN}"}}')
+    assert base_model(tmp_path) == "other/one"
+
+
 def test_a_folder_without_a_card_has_no_base(tmp_path):
     card, _ = made_from(tmp_path, tmp_path / "out")
     assert "base_model" not in card
