@@ -378,18 +378,19 @@ TAKEN = """
     dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
     dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
     dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
-    ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm do_train
-    fp16 fsdp fsdp_config full_determinism gradient_accumulation_steps gradient_checkpointing
-    gradient_checkpointing_kwargs hub_always_push hub_model_id hub_private_repo hub_revision
-    hub_strategy hub_token ignore_data_skip include_num_input_tokens_seen label_smoothing_factor
-    learning_rate local_rank log_level log_level_replica log_on_each_node logging_first_step
-    logging_nan_inf_filter logging_steps logging_strategy lr_scheduler_kwargs lr_scheduler_type
-    max_grad_norm max_steps neftune_noise_alpha num_train_epochs optim optim_args
-    optim_target_modules output_dir per_device_train_batch_size project push_to_hub report_to
+    ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm
+    do_train fp16 fsdp fsdp_config full_determinism gradient_accumulation_steps
+    gradient_checkpointing gradient_checkpointing_kwargs hub_always_push hub_model_id
+    hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip
+    include_num_input_tokens_seen label_smoothing_factor learning_rate local_rank log_level
+    log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_steps
+    logging_strategy lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_steps
+    neftune_noise_alpha num_train_epochs optim optim_args optim_target_modules output_dir
+    per_device_train_batch_size project push_to_hub report_to
     restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node
     save_only_model save_steps save_strategy save_total_limit seed skip_memory_metrics tf32
-    torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id train_sampling_strategy use_cache
-    use_cpu warmup_steps weight_decay
+    torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id
+    train_sampling_strategy use_cache use_cpu warmup_steps weight_decay
 """
 
 
