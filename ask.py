@@ -6,21 +6,32 @@
 
 Prints what is taken of each video, how many tokens that is and what memory it will need before the
 model runs, then streams the answer. Videos are decoded while the model reads them. With
---interactive, further questions are read line by line and answered on the same cache; a line
-"/video PATH" or "/image PATH" adds a file to the question that follows, Ctrl-C drops a question.
+--interactive, further questions are read line by line and answered on the same cache, Ctrl-C drops
+one, and lines that begin with a slash are commands:
+
+    /video PATH, /image PATH   add a file to the question that follows
+    /reset                     forget the conversation and its files
+    /help, /quit
 """
 
 import argparse
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from commands.conversation import Conversation, is_media
 from commands.forecast import forecast
+
+COMMANDS = (
+    "/video PATH and /image PATH add a file to the question that follows, /reset forgets the "
+    "conversation and its files, /quit ends"
+)
 
 
 def parse_arguments(argv=None):
@@ -54,20 +65,26 @@ def parse_arguments(argv=None):
     if not (options.interactive and is_media(options.arguments[-1])):
         *options.files, options.question = options.arguments
         if is_media(options.question):
-            fail(f"{options.question} is a file; give the question after it")
+            what = "folder" if Path(options.question).is_dir() else "file"
+            fail(f"{options.question} is a {what}; give the question after it")
     if not options.files:
         fail("give at least one video or image before the question")
     return options
 
 
+def say(message):
+    """One line on stderr."""
+    print("ask.py:", " ".join(str(message).split()), file=sys.stderr)
+
+
 def fail(message):
     """Ends with exit code 2 and one line on stderr."""
-    print("ask.py:", " ".join(str(message).split()), file=sys.stderr)
+    say(message)
     sys.exit(2)
 
 
 def prepare_model(options):
-    """How to load the model, how to forecast its memory, and the tokens it was made for.
+    """How to load the model, how to forecast its memory, the tokens it was made for.
 
     The configuration is read now, so that what cannot work is refused before any video is opened.
     """
@@ -78,7 +95,7 @@ def prepare_model(options):
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"--device {device} cannot be used here: {reason}") from error
-    config = AutoConfig.from_pretrained(options.model, trust_remote_code=True)
+    config, base = read_config(options.model)
     text = config.text_config
     if options.backend is not None:
         # Made anew, so that an unknown backend is refused now.
@@ -88,13 +105,14 @@ def prepare_model(options):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
 
     def load_model():
-        return AutoModelForImageTextToText.from_pretrained(
-            options.model,
-            config=config,
-            trust_remote_code=True,
-            dtype=dtype,
-            device_map=device,
+        model = AutoModelForImageTextToText.from_pretrained(
+            base, config=config, trust_remote_code=True, dtype=dtype, device_map=device
         )
+        if base == options.model:
+            return model
+        import peft  # needed for adapters only
+
+        return peft.PeftModel.from_pretrained(model, options.model)
 
     def forecast_memory(prompt_tokens, vision_tokens, new_tokens):
         return forecast(
@@ -110,8 +128,30 @@ def prepare_model(options):
     return load_model, forecast_memory, text.max_position_embeddings
 
 
-def read_questions():
-    """Yields (files, question) from the lines of stdin."""
+def read_config(model):
+    """The configuration of a checkpoint or of an adapter's base, and where the base is.
+
+    Raises ValueError for another kind of model, before anything large is read.
+    """
+    base = model
+    if adapter := find_adapter_config_file(model):
+        base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    config = AutoConfig.from_pretrained(base, trust_remote_code=True)
+    if config.model_type == "qwen2_5_vl":
+        raise ValueError(
+            f"{base} is a Qwen2.5-VL without gates: convert it first, with python "
+            f"convert_checkpoint.py {shlex.quote(base)} FOLDER, and give that folder"
+        )
+    if config.model_type != "videonsa":
+        raise ValueError(f"{base} is no VideoNSA but a model of type {config.model_type}")
+    return config, base
+
+
+def read_questions(conversation, pending):
+    """Yields (files, question) from the lines of stdin; does what the commands among them say.
+
+    pending: files from before that no question has had yet.
+    """
     files = []
     while True:
         if sys.stdin.isatty():
@@ -120,19 +160,33 @@ def read_questions():
         if not line:
             return
         command, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
         if command in ("/video", "/image"):
-            if rest.strip():
-                files.append(rest.strip())
+            if rest:
+                files.append(rest)
             else:
-                print(f"ask.py: give a path after {command}", file=sys.stderr)
+                say(f"give a path after {command}")
+        elif command == "/help":
+            print(COMMANDS)
+        elif command in ("/quit", "/exit"):
+            return
+        elif command == "/reset":
+            files = []
+            pending.clear()
+            conversation.reset()
+            say("the conversation starts anew, without files")
+        elif re.fullmatch(r"/\w*", command):
+            say(f"there is no command {command}; {COMMANDS}")
+        elif is_media(line.strip()):
+            say(f"{line.strip()} is a file: /video or /image before it adds it to a question")
         elif command:
             yield files, line.strip()
             files = []
 
 
 def make_conversation(options):
-    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     load_model, forecast_memory, max_position_embeddings = prepare_model(options)
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     settings = {
         "fps": options.fps,
         "max_frames": options.max_frames,
@@ -158,10 +212,8 @@ def answer(conversation, files, question, options):
     except KeyboardInterrupt:
         if not options.interactive:
             raise
-        print(
-            "\nask.py: interrupted; the conversation goes on as it was before this question",
-            file=sys.stderr,
-        )
+        print(file=sys.stderr)
+        say("interrupted; the conversation goes on as it was before this question")
         return False
     if options.json:
         print(json.dumps({"question": question, **record}), flush=True)
@@ -175,13 +227,15 @@ def main():
     try:
         conversation, files = make_conversation(options), options.files
         if options.question is not None and answer(conversation, files, options.question, options):
-            files = []
-        for added, question in read_questions() if options.interactive else ():
+            files.clear()
+        for added, question in read_questions(conversation, files) if options.interactive else ():
             try:
                 if answer(conversation, [*files, *added], question, options):
-                    files = []
+                    files.clear()
             except (ValueError, OSError) as error:  # a mistyped path does not end the conversation
-                print("ask.py:", " ".join(str(error).split()), file=sys.stderr)
+                say(error)
+                if len(added) > 1:
+                    say(f"dropped with the question: {', '.join(added)}; add what is right again")
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         fail(error)
     except KeyboardInterrupt:

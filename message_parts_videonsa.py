@@ -1,14 +1,21 @@
-"""The messages of a conversation in the forms that people write them, as Qwen's form.
+"""Messages and media in the forms that people write them, as one form.
 
 `read_messages` makes of each message a role and parts: {"type": "text", "text": ...}, {"type":
 "image", "image": ...} or {"type": "video", "video": ...}; media keep what else their part says of
-them. What it cannot read it refuses by name, so that nothing vanishes from a prompt.
+them. `plain_source` makes a path, an address or bytes of where a medium comes from. What cannot be
+read is refused by name, so that nothing vanishes from a prompt. No file is decoded here, and what a
+file is is told by its content.
+
+Commands read their rows with it, too: it imports nothing of this package.
 """
 
+import base64
 import dataclasses
+import os
+import re
 from collections.abc import Mapping
-
-from .media_sources_videonsa import SOURCE_KEYS, describe_source, plain_source
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes
 
 # Types of parts as Qwen, OpenAI (chat and responses) and others name them.
 KINDS = {"text": "text", "input_text": "text", "output_text": "text"}
@@ -17,6 +24,14 @@ KINDS |= {
 }
 # Keys under which a medium stands in its part, besides the names of its own kind.
 GENERAL_KEYS = ("url", "path", "bytes", "base64", "source")
+# Keys under which a source may stand in a dict, as data sets and OpenAI's clients write it.
+SOURCE_KEYS = ("bytes", "path", "url", "data")
+# How files of pictures begin: PNG, JPEG, GIF, BMP, TIFF, WebP, AVIF and HEIC, JPEG 2000, icons.
+SIGNATURES = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftyp(?:avi[fs]|hei|mif1|msf1)"
+    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|\0\0\x01\0",
+    re.DOTALL,
+)
 
 
 def read_messages(conversation) -> list[dict]:
@@ -67,6 +82,72 @@ def read_part(part) -> dict:
             "its own."
         )
     return {"type": kind, **(_text(part) if kind == "text" else _medium(part, kind))}
+
+
+def plain_source(source):
+    """A path or address (str) or bytes of what was given; lists item by item, the rest unchanged.
+
+    source: a path, a file:// or data: address, bytes, an open file, or a dict of one of them under
+    one of SOURCE_KEYS, the first that is not None. Arrays, tensors and pictures are unchanged.
+    """
+    if isinstance(source, Mapping):
+        return _from_mapping(source)
+    if isinstance(source, (list, tuple)):
+        return [plain_source(item) for item in source]
+    if isinstance(source, os.PathLike):
+        return os.fsdecode(source)
+    if isinstance(source, str):
+        return _from_address(source)
+    if isinstance(source, (bytearray, memoryview)):
+        return bytes(source)
+    if hasattr(source, "_hf_encoded"):  # a decoder that `datasets` made
+        return plain_source(source._hf_encoded)
+    if hasattr(source, "read") and hasattr(source, "seek"):
+        return _from_open_file(source)
+    return source
+
+
+def is_file(source) -> bool:
+    """Whether this plain source is a file: by its path, its address or its bytes."""
+    return isinstance(source, (str, bytes))
+
+
+def is_address(source) -> bool:
+    """Whether this plain source is to be fetched from a server."""
+    return isinstance(source, str) and re.match(r"https?://", source, re.I) is not None
+
+
+def describe_source(source) -> str:
+    """A source in a message: never its bytes."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"a file of {len(source):,} bytes"
+    if isinstance(source, (str, os.PathLike)):
+        text = os.fsdecode(source)
+        payload = text[:5].lower() == "data:" or len(text) > 500
+        return f"{text[:40]!r}... ({len(text):,} characters)" if payload else text
+    return f"an object of type {type(source).__name__}"
+
+
+def is_picture(source) -> bool:
+    """Whether a path or bytes begin as a picture does; False for what cannot be read."""
+    if not isinstance(source, bytes):
+        if not os.path.isfile(source):
+            return False
+        with open(source, "rb") as file:
+            source = file.read(16)
+    return SIGNATURES.match(source) is not None
+
+
+def frames_in_folder(folder) -> list[str]:
+    """The pictures in a folder in their natural order: frame 2 before frame 10.
+
+    Raises ValueError where there are none.
+    """
+    files = [one for one in Path(folder).iterdir() if not one.name.startswith(".")]
+    pictures = [str(one) for one in sorted(files, key=_natural_order) if is_picture(str(one))]
+    if not pictures:
+        raise ValueError(f"The folder {folder} holds no pictures, so it is no video of frames.")
+    return pictures
 
 
 def _read_message(message):
@@ -134,3 +215,66 @@ def _as_dict(item):
 
 def _short(item):
     return describe_source(item) if not isinstance(item, (str, Mapping)) else repr(item)[:80]
+
+
+def _from_mapping(source):
+    given = {key: value for key, value in source.items() if value is not None}
+    key = next((key for key in SOURCE_KEYS if key in given), None)
+    if key is None:
+        raise ValueError(
+            f"A source is given as a dict with one of {', '.join(SOURCE_KEYS)}, not with "
+            f"{', '.join(map(str, given)) or 'nothing'}."
+        )
+    value = given[key]
+    if key == "data" and isinstance(value, str):
+        return _decode_base64(value, "data")
+    return plain_source(value)
+
+
+def _from_address(source):
+    scheme = source[:5].lower()
+    if scheme == "data:":
+        head, comma, payload = source.partition(",")
+        if not comma:
+            raise ValueError("A data: address has no comma, after which its content would stand.")
+        if head.lower().endswith(";base64"):
+            return _decode_base64(payload, head)
+        return unquote_to_bytes(payload)
+    if scheme == "file:":
+        path = re.sub(r"^file:(//(localhost(?=/))?)?", "", source, flags=re.I)
+        # Paths are also written after file:// as they are.
+        return path if os.path.exists(path) else unquote(path)
+    return source
+
+
+def _decode_base64(payload, head):
+    try:
+        return base64.b64decode(re.sub(r"\s", "", unquote(payload)), validate=True)
+    except ValueError as error:
+        raise ValueError(f"What follows {head!r} is not base64 ({error}).") from None
+
+
+def _from_open_file(file):
+    """The path of a file that is open, or all its bytes where it has none."""
+    if getattr(file, "closed", False):
+        raise ValueError(f"{describe_source(file)} is a closed file; give its path.")
+    path = getattr(file, "name", None)
+    if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
+        if getattr(file, "writable", lambda: False)():
+            file.flush()
+        return os.path.abspath(path)
+    if getattr(file, "seekable", lambda: False)():
+        file.seek(0)
+    content = file.read()
+    if not isinstance(content, (bytes, bytearray, memoryview)):
+        raise ValueError(
+            f"{describe_source(file)} gives {type(content).__name__} when it is read, not bytes; "
+            "open files with mode 'rb'."
+        )
+    return bytes(content)
+
+
+def _natural_order(path):
+    """ "frame10" after "frame2": digits are compared as numbers."""
+    pieces = re.split(r"(\d+)", path.name)
+    return [int(piece) if n % 2 else piece.lower() for n, piece in enumerate(pieces)]

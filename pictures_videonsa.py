@@ -1,4 +1,4 @@
-"""Pictures: told by their content, loaded upright, and refused by their header where too large.
+"""Pictures, loaded upright and refused by their header where too large.
 
 `load_picture` takes what `plain_source` takes. `ImagePart` is an image of a message with what the
 message says of it.
@@ -7,8 +7,6 @@ message says of it.
 import base64
 import io
 import os
-import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from PIL import Image, ImageOps
 from transformers.image_utils import load_image
 from transformers.utils import logging
 
-from .media_sources_videonsa import describe_source, is_address, plain_source
+from .message_parts_videonsa import describe_source, is_address, is_picture, plain_source
 from .video_plan_videonsa import check_frame_size, fit_size
 from .video_settings_videonsa import read_setting
 
@@ -24,12 +22,6 @@ logger = logging.get_logger(__name__)
 
 # Formats that may hold a sequence to be played; the several pictures of others (MPO, TIFF) are not.
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
-# How files of pictures begin: PNG, JPEG, GIF, BMP, TIFF, WebP, AVIF and HEIC, JPEG 2000, icons.
-SIGNATURES = re.compile(
-    rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftyp(?:avi[fs]|hei|mif1|msf1)"
-    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|\0\0\x01\0",
-    re.DOTALL,
-)
 # Pillow runs another program for EPS, and takes MPEG recordings for pictures that it cannot load.
 NO_PICTURES = ("EPS", "MPEG")
 # What a message may say of an image, as in qwen-vl-utils.
@@ -71,16 +63,6 @@ class ImagePart:
             height, width = own["resized_height"], own["resized_width"]
         height, width = fit_size(height, width, min(least, most), most, factor)
         return picture.resize((width, height))
-
-
-def is_picture(source) -> bool:
-    """Whether a path or bytes begin as a picture does; False for what cannot be read."""
-    if not isinstance(source, bytes):
-        if not os.path.isfile(source):
-            return False
-        with open(source, "rb") as file:
-            source = file.read(16)
-    return SIGNATURES.match(source) is not None
 
 
 def open_picture(source) -> Image.Image:
@@ -159,29 +141,11 @@ def playable(source):
     return file.getvalue()
 
 
-def frames_in_folder(folder) -> list[str]:
-    """The pictures in a folder in their natural order: frame 2 before frame 10.
-
-    Raises ValueError where there are none.
-    """
-    files = [one for one in Path(folder).iterdir() if not one.name.startswith(".")]
-    pictures = [str(one) for one in sorted(files, key=_natural_order) if is_picture(str(one))]
-    if not pictures:
-        raise ValueError(f"The folder {folder} holds no pictures, so it is no video of frames.")
-    return pictures
-
-
 def as_tensor(array) -> torch.Tensor:
     """An array or tensor as a tensor; a view that runs backwards is copied."""
     if isinstance(array, np.ndarray):
         array = np.ascontiguousarray(array)
     return torch.as_tensor(array)
-
-
-def _natural_order(path):
-    """ "frame10" after "frame2": digits are compared as numbers."""
-    pieces = re.split(r"(\d+)", path.name)
-    return [int(piece) if n % 2 else piece.lower() for n, piece in enumerate(pieces)]
 
 
 def _picture_file(source, name):

@@ -14,8 +14,8 @@ from transformers.image_utils import ChannelDimension, infer_channel_dimension_f
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
-from .media_sources_videonsa import describe_source, is_file, plain_source
-from .pictures_videonsa import as_tensor, is_picture, load_picture
+from .message_parts_videonsa import describe_source, is_file, is_picture, plain_source
+from .pictures_videonsa import as_tensor, load_picture
 from .video_plan_videonsa import VideoPlan
 from .video_reader_videonsa import Remeasure, VideoFile
 from .video_settings_videonsa import VideoSettings, resolve_settings

@@ -10,23 +10,27 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from inspect import signature
 from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import BatchFeature, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+from transformers import BatchFeature, ProcessorMixin, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
 from transformers.utils import logging
 from transformers.video_utils import VideoInput, VideoMetadata
 
-from .media_sources_videonsa import describe_source, is_file
-from .message_parts_videonsa import read_messages
+from .message_parts_videonsa import (
+    describe_source,
+    frames_in_folder,
+    is_file,
+    is_picture,
+    read_messages,
+)
 from .pictures_videonsa import (
     IMAGE_SETTINGS,
     ImagePart,
-    frames_in_folder,
-    is_picture,
     load_picture,
     playable,
 )
@@ -349,12 +353,20 @@ KNOWN_SETTINGS = {
     "video": {*SETTINGS, *ALIASES, "video_backend"},
 }
 
+# Older versions of the library would take it for a variable of the template.
+CAN_SANITIZE = "sanitize_control_tokens" in signature(ProcessorMixin.apply_chat_template).parameters
+
 
 class VideoNSAProcessor(Qwen2_5_VLProcessor):
     """Qwen2.5-VL's processor; each video of a message may carry settings of its own."""
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """As Qwen2.5-VL's; a video's message may set what `plan_video` takes, for that video."""
+        if kwargs.get("sanitize_control_tokens") and not CAN_SANITIZE:
+            raise ValueError(
+                "sanitize_control_tokens needs transformers 5.24 or later; without it, take tokens "
+                "such as <|im_end|> out of what users type."
+            )
         if isinstance(conversation, (list, tuple)) and not conversation:
             raise ValueError("The conversation is empty; it is a list of messages.")
         if isinstance(conversation, (list, tuple)) and not _is_message(conversation[0]):
@@ -388,6 +400,19 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             part["video"] = video
         return messages, [video.plan for video in videos]
 
+    def load_images(self, images):
+        """Images from wherever a call or message has them, as pictures and arrays; lists as lists.
+
+        Raises ValueError for what is no image, is damaged, or is too large by its header.
+        """
+        if isinstance(images, (list, tuple)):
+            return [self.load_images(image) for image in images]
+        if type(images).__name__ == "ImagePart":  # by name, as for videos
+            return images.load(self.image_processor)
+        if isinstance(images, np.ndarray):
+            return np.ascontiguousarray(images)  # a view that runs backwards is no tensor
+        return images if isinstance(images, torch.Tensor) else load_picture(images)
+
     def __call__(
         self,
         images: ImageInput | None = None,
@@ -415,7 +440,7 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             # The library counts what stands in `videos`, and knows only strings and arrays.
             kwargs["video_parts"], videos = videos, ["video"] * len(videos)
         if images is not None:
-            images = self._load_images(images)
+            images = self.load_images(images)
         if text is not None and not kwargs.get("sanitize_control_tokens"):
             self._check_placeholders(text, self.image_token, "image", _count_images(images))
             self._check_placeholders(text, self.video_token, "video", len(videos or []))
@@ -456,16 +481,6 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
                 part.clear()
                 part |= media
         return messages
-
-    def _load_images(self, images):
-        """The images of a call, in their lists, as pictures and arrays."""
-        if isinstance(images, (list, tuple)):
-            return [self._load_images(image) for image in images]
-        if type(images).__name__ == "ImagePart":  # by name, as for videos
-            return images.load(self.image_processor)
-        if isinstance(images, np.ndarray):
-            return np.ascontiguousarray(images)  # a view that runs backwards is no tensor
-        return images if isinstance(images, torch.Tensor) else load_picture(images)
 
 
 def _read_settings(given):

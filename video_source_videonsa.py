@@ -9,7 +9,7 @@ import os
 import shlex
 import stat
 
-from .media_sources_videonsa import describe_source, is_address
+from .message_parts_videonsa import describe_source, is_address
 from .video_plan_videonsa import MAX_FRAME_PIXELS
 
 try:

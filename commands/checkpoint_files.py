@@ -16,7 +16,6 @@ PROCESSOR_CODE = (
     "processing_videonsa.py",
     "planned_video_videonsa.py",
     "message_parts_videonsa.py",
-    "media_sources_videonsa.py",
     "pictures_videonsa.py",
     "video_plan_videonsa.py",
     "video_settings_videonsa.py",

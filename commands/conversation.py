@@ -6,19 +6,26 @@ reads the planned videos as a stream while it answers.
 """
 
 import gc
+import http.client
+import io
 import math
-import mimetypes
 import os
 import re
 import sys
 import time
+import urllib.request
 
 import torch
+from PIL import Image
 from transformers import TextStreamer
-from transformers.image_utils import load_image
+
+from message_parts_videonsa import is_address, is_picture, plain_source
 
 ANSWER = "<answer>"  # stands for an earlier answer where a template is rendered around it
 MARGIN = 1.1  # a forecast this much above the memory there is does not fit for sure
+# Formats of pictures that may move; the several pictures of others (MPO, TIFF) do not.
+MOVING = ("GIF", "WEBP", "PNG", "AVIF")
+MOST_BYTES = 256 << 20  # of a picture that is fetched
 REMEDY = "take less of the videos with --max-tokens, --max-frames, --fps or --max-pixels"
 
 
@@ -66,7 +73,8 @@ class Conversation:
         Raises TooLarge where memory does not suffice. After this and any other exception, Ctrl-C
         too, the conversation is as it was before the question.
         """
-        content = [*map(media_part, files), {"type": "text", "text": question}]
+        text = as_plain_text(question, self.processor.tokenizer)
+        content = [*map(media_part, files), {"type": "text", "text": text}]
         content, media = self.plan(files, content)
         for medium in media:
             report(f"{medium['file']}: {medium['taken']}")
@@ -108,13 +116,20 @@ class Conversation:
             "answering_seconds": round(time.monotonic() - start, 2),
         }
 
+    def reset(self):
+        """Starts anew, with the model as it is."""
+        self.sequence, self.cache = None, {}
+
     def plan(self, files, content):
         """The content with its videos planned within the budget, and what is taken of each file."""
+        for part in content:
+            if part["type"] == "image":
+                part["image"] = self.processor.load_images(part["image"])
         images = [image_size(self.processor, image) for image in sources(content, "image")]
         budget = self.max_tokens
         if budget is not None:
             budget -= sum(tokens for _, tokens in images)
-            if budget < 0:
+            if images and budget < 0:
                 raise ValueError(
                     f"the images alone take {self.max_tokens - budget} tokens, more than "
                     f"--max-tokens {self.max_tokens}; allow more or give fewer"
@@ -196,21 +211,56 @@ class Conversation:
 
 
 def is_media(argument):
-    return os.path.isfile(argument) or re.fullmatch(r"\w+://\S+", argument) is not None
+    return os.path.exists(argument) or re.fullmatch(r"(\w+://|data:)\S+", argument) is not None
 
 
-def is_image(path):
-    kind = mimetypes.guess_type(path)[0] or ""
-    return kind.startswith("image/") and kind != "image/gif"
+def media_part(file):
+    """The part of a message that brings this file, told by its content; nothing is loaded yet."""
+    source = plain_source(file)
+    if is_address(source):
+        source = fetch_picture(source) or source
+    elif isinstance(source, str) and os.path.isdir(source):
+        raise ValueError(f"{file} is a folder; give the videos and images in it")
+    elif isinstance(source, str) and not os.path.exists(source):
+        raise FileNotFoundError(f"there is no file {source}")
+    kind = "image" if is_picture(source) and not moves(source) else "video"
+    return {"type": kind, kind: source}
 
 
-def media_part(path):
-    """The part of a message that brings this file; an image is loaded, a video not yet."""
-    if not is_media(path):
-        raise FileNotFoundError(f"there is no file {path}")
-    if is_image(path):
-        return {"type": "image", "image": load_image(path)}
-    return {"type": "video", "video": path}
+def moves(source):
+    """Whether a picture, by its path or bytes, is a sequence to be played."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            return picture.format in MOVING and getattr(picture, "n_frames", 1) > 1
+    except (OSError, Image.DecompressionBombError):
+        return False  # loading it will say what is wrong
+
+
+def fetch_picture(address) -> bytes | None:
+    """The content of an address that begins as a picture does, else None."""
+    request = urllib.request.Request(address, headers={"User-Agent": "videonsa"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            content = response.read(16)
+            if not is_picture(content):
+                return None
+            content += response.read(MOST_BYTES)
+    except (OSError, ValueError, http.client.HTTPException):
+        return None  # the reader of videos says what is wrong with the address
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{address} holds a picture of over {MOST_BYTES:,} bytes")
+    return content
+
+
+def as_plain_text(text, tokenizer):
+    """What a user types, in which the names of control tokens, as <|im_end|>, stay text.
+
+    A zero-width space breaks them. The library's sanitize_control_tokens would do it, too, but is
+    not in transformers 5.17.
+    """
+    for token in tokenizer.get_added_vocab():
+        text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
+    return text
 
 
 def sources(content, kind):
