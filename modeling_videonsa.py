@@ -37,6 +37,7 @@ from .packing_videonsa import NSAPlan, make_plan, mask_of_chunk, packed_samples,
 from .positions_videonsa import positions_of_new_tokens, rope_index, state_in, state_of
 from .prefill_videonsa import (
     PIXELS,
+    check_chunk_size,
     check_media,
     has_media,
     placeholders_of,
@@ -269,6 +270,8 @@ class VideoNSAModel(Qwen2_5_VLModel):
         tokens = inputs_embeds if input_ids is None else input_ids
         new = tokens.shape[1]
         cached = _cached_length(cache, new)
+        if nsa_chunk_size is not None:
+            check_chunk_size(nsa_chunk_size)
         check_media(self, call, first=isinstance(cached, int) and cached == 0)
         state = state_in(cache, cached)  # None as long as there was only text
         vision = self._vision_tokens(mm_token_type_ids, call)
@@ -304,7 +307,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
             call["nsa_plan"] = make_plan(state.vision, new, valid, sample)
         for pixels in PIXELS.values():
             if call.get(pixels) is not None and not torch.is_tensor(call[pixels]):
-                call[pixels] = call[pixels][:].to(tokens.device)
+                call[pixels] = torch.as_tensor(call[pixels][:]).to(tokens.device)
         outputs = super().forward(return_dict=True, **call)
         if vision is not None and (cache := cache_of(outputs)) is not None:
             cache.nsa_state = state  # the library may have made the cache

@@ -7,6 +7,7 @@ with the model, which serves one conversation at a time; here it is with the cac
 model serves many.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -117,15 +118,7 @@ def rope_index(
         config.image_token_id: _rows(image_grid_thw),
         config.video_token_id: _rows(video_grid_thw),
     }
-    videos = 0 if video_grid_thw is None else len(video_grid_thw)
-    if second_per_grid_ts is None:
-        second_per_grid_ts = [1.0] * videos  # as stock takes it
-    if len(second_per_grid_ts) != videos and videos:
-        raise ValueError(
-            f"second_per_grid_ts has {len(second_per_grid_ts)} numbers for the {videos} videos of "
-            "video_grid_thw; wanted the seconds of a temporal step for each of them."
-        )
-    seconds = iter(second_per_grid_ts)
+    seconds = _seconds(second_per_grid_ts, 0 if video_grid_thw is None else len(video_grid_thw))
     positions = torch.zeros(3, *input_ids.shape, dtype=torch.long, device=input_ids.device)
     deltas = []
     for row, ids in enumerate(input_ids):
@@ -136,6 +129,27 @@ def rope_index(
         positions[:, row, valid] = torch.cat(spans, dim=1)
         deltas.append(positions[:, row].max() + 1 - valid.sum())
     return positions, torch.stack(deltas)[:, None]
+
+
+def _seconds(given, videos):
+    """An iterator over the seconds of a temporal step of each video: one, where none are given."""
+    if given is None:
+        return iter([1.0] * videos)  # as stock takes it
+    try:
+        seconds = [float(number) for number in given]
+    except (TypeError, ValueError):
+        seconds = [math.nan]
+    if not all(0 <= number < math.inf for number in seconds):
+        raise ValueError(
+            f"second_per_grid_ts is {given!r}; wanted a number for each video, the seconds of a "
+            "temporal step."
+        )
+    if videos and len(seconds) != videos:
+        raise ValueError(
+            f"second_per_grid_ts has {len(seconds)} numbers for the {videos} videos of "
+            "video_grid_thw; wanted the seconds of a temporal step for each of them."
+        )
+    return iter(seconds)
 
 
 def _rows(grid):

@@ -19,6 +19,15 @@ _HOW_TO_CALL = (
 PREFILL_CHUNK_SIZE = 16384
 
 
+def check_chunk_size(size) -> None:
+    """Raise ValueError unless `size` is a number of tokens that a prompt can be cut into."""
+    if type(size) is not int or size < 1:
+        raise ValueError(
+            f"prefill_chunk_size (of generate; nsa_chunk_size of forward) is {size!r}; wanted a "
+            "whole number of tokens, at least 1, or None."
+        )
+
+
 def has_media(kwargs: dict) -> bool:
     """Whether a call brings images or videos, as pixels or as features that are encoded already."""
     encoded = kwargs.get("mm_encoder_outputs") or {}
@@ -53,10 +62,12 @@ def check_pixels(config, call: dict) -> None:
             continue
         if grid is None:
             raise ValueError(f"{name} came without {modality}_grid_thw. {_HOW_TO_CALL}")
-        if not torch.is_tensor(grid) or grid.ndim != 2 or grid.shape[1] != 3:
+        whole = torch.is_tensor(grid) and not grid.is_floating_point()
+        if not whole or grid.ndim != 2 or not len(grid) or grid.shape[1] != 3:
+            kind = grid.dtype if torch.is_tensor(grid) else type(grid).__name__
             raise ValueError(
-                f"{modality}_grid_thw is {_shape(grid)}; wanted a tensor [{modality}s, 3] of "
-                f"patches over time, height and width. {_HOW_TO_CALL}"
+                f"{modality}_grid_thw is {_shape(grid)} of {kind}; wanted an integer tensor "
+                f"[{modality}s, 3] of patches over time, height and width. {_HOW_TO_CALL}"
             )
         grid = grid.cpu()
         odd = (grid < 1).any(1) | (grid[:, 1:] % vision.spatial_merge_size).any(1)
@@ -75,7 +86,7 @@ def check_pixels(config, call: dict) -> None:
 
 
 def _shape(x):
-    return list(x.shape) if hasattr(x, "shape") else type(x).__name__
+    return list(x.shape) if hasattr(x, "shape") else f"a {type(x).__name__}"
 
 
 def check_media(model, call: dict, first: bool) -> None:
@@ -94,7 +105,7 @@ def check_media(model, call: dict, first: bool) -> None:
         found = int(placeholders[kind].sum())
         tokens = int(grid.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
         if call.get(PIXELS[kind]) is None:
-            if first and found:
+            if found:
                 raise ValueError(f"{kind}_grid_thw came without {PIXELS[kind]}. {_HOW_TO_CALL}")
         elif found != tokens:
             raise ValueError(
@@ -134,7 +145,7 @@ class MediaFeatures:
             position += time * step
         row = starts[0] * self.patches
         rows = sum(time * height * width for time, height, width in grid)
-        pixels = self.pixels[row : row + rows].to(self.device)
+        pixels = torch.as_tensor(self.pixels[row : row + rows]).to(self.device)
         grid = torch.tensor(grid, device=pixels.device)
         features = torch.cat(self.encode(pixels, grid, return_dict=True).pooler_output)
         return features[first - starts[0] : last - starts[0]]

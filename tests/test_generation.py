@@ -1,6 +1,7 @@
 """Every way to generate gives what one whole prefill, or the row alone, gives."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -619,7 +620,7 @@ FAULTS = {
     ),
     "rows of another width": (lambda x: {PIXELS: x[PIXELS][:, :588]}, r"is \[48, 588\], but"),
     "a batch of rows": (lambda x: {PIXELS: x[PIXELS][None]}, r"is \[1, 48, 1176\], but"),
-    "a list": (lambda x: {PIXELS: x[PIXELS].tolist()}, "is list, but"),
+    "a list": (lambda x: {PIXELS: x[PIXELS].tolist()}, "is a list, but"),
     "a larger grid": (
         lambda x: {GRID: 2 * x[GRID], PIXELS: x[PIXELS].repeat(8, 1)},
         "1 videos given have 96 tokens.* hold 12 plac|videos given have 96 tokens.* and 12 after",
@@ -632,10 +633,21 @@ FAULTS = {
         lambda x: {GRID: x[GRID].repeat(2, 1), PIXELS: x[PIXELS].repeat(2, 1)},
         "2 videos given have 24 tokens.* hold 12 plac|videos given have 24 tokens.* and 12 after",
     ),
-    "a flat grid": (lambda x: {GRID: x[GRID][0]}, r"video_grid_thw is \[3\]; wanted a tensor"),
+    "a flat grid": (lambda x: {GRID: x[GRID][0]}, r"video_grid_thw is \[3\] of .*; wanted an int"),
+    "a grid of floats": (
+        lambda x: {GRID: x[GRID].float()},
+        r"is \[1, 3\] of torch.float32; ",
+    ),
+    "a grid of nothing": (lambda x: {GRID: x[GRID][:0], PIXELS: x[PIXELS][:0]}, r"is \[0, 3\] of"),
     "an odd grid": (lambda x: {GRID: x[GRID] + torch.tensor([0, 1, 0])}, "multiples of 2 patches"),
     "no grid": (lambda x: {GRID: None}, "pixel_values_videos came without video_grid_thw"),
     "seconds too many": (lambda x: {SECONDS: [1.0, 2.0]}, "has 2 numbers for the 1 videos"),
+    "seconds of no number": (lambda x: {SECONDS: [math.nan]}, r"is \[nan\]; wanted a number for"),
+    "seconds below zero": (
+        lambda x: {SECONDS: torch.tensor([-1.0])},
+        r"is tensor.*; wanted a ",
+    ),
+    "seconds alone": (lambda x: {SECONDS: 1.0}, "is 1.0; wanted a number for each video"),
 }
 
 
@@ -676,6 +688,45 @@ def test_pixels_that_do_not_fit_are_refused(model, prompts, change, message, via
             size = 7 if via in ("chunks", "stream") else None
             model.generate(**inputs, **GREEDY, **as_input(cache), prefill_chunk_size=size)
     assert cache.get_seq_length() == cached and getattr(cache, "nsa_state", None) is None
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "7", True])
+def test_a_chunk_size_that_is_none_is_refused(model, prompts, size):
+    inputs = prompts.batch(prompts.row(3, ("video", 3, 2, 2), 4))
+    with pytest.raises(ValueError, match=f"is {size!r}; wanted a whole number of tokens"):
+        model.generate(**inputs, **GREEDY, prefill_chunk_size=size)
+
+
+@pytest.mark.parametrize("size", [None, 7])
+def test_pixels_may_be_an_array(model, prompts, size):
+    inputs = prompts.batch(prompts.row(3, ("video", 3, 2, 2), 4))
+    expected, _ = generate(model, inputs)
+    inputs[PIXELS] = inputs[PIXELS].numpy()
+    assert torch.equal(generate(model, inputs, prefill_chunk_size=size)[0], expected)
+
+
+def test_the_grids_of_a_conversation_may_come_again_without_pixels(model, prompts):
+    """As `generate` passes them while it decodes, though a placeholder was written."""
+    inputs = prompts.batch(prompts.row(3, ("video", 3, 2, 2), 4))
+    cache, token = DynamicCache(config=model.config.text_config), torch.tensor([[VIDEO]])
+    with torch.no_grad():
+        model(**inputs, **as_input(cache))
+        expected = model(input_ids=token, **as_input(copy.deepcopy(cache))).logits
+        actual = model(input_ids=token, video_grid_thw=inputs[GRID], **as_input(cache)).logits
+    assert torch.equal(actual, expected)
+
+
+def test_no_layer_gets_a_mask_of_all_pairs_with_vision(model, prompts, rows):
+    masks = []
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda layer, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            model(**prompts.batch(*rows))
+    finally:
+        hook.remove()
+    assert masks == [None]
 
 
 def test_a_grid_without_pixels_is_refused(model, prompts):

@@ -573,8 +573,13 @@ model(**prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5)))
     assert "ValueError" in run.stderr and "the Triton kernels need a CUDA device" in run.stderr
 
 
-def test_a_sharded_sequence_is_refused(model, prompts):
-    """A hook that hands each rank its part of the sequence, as context parallelism does."""
+@pytest.mark.parametrize("static", [False, True])
+def test_a_sharded_sequence_is_refused(model, prompts, static):
+    """A hook that hands each rank its part of the sequence, as context parallelism does.
+
+    A static cache has keys enough for the whole of it.
+    """
+    cache = StaticCache(model.config.text_config, max_cache_len=64) if static else None
     shard = model.model.language_model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: (
             tuple(x[:, :10] for x in args),
@@ -584,7 +589,7 @@ def test_a_sharded_sequence_is_refused(model, prompts):
     )
     try:
         with pytest.raises(ValueError, match="cut the sequence into shards"):
-            model(**prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5)))
+            model(**prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5)), past_key_values=cache)
     finally:
         shard.remove()
 
@@ -601,6 +606,11 @@ def test_a_paged_cache_with_vision_is_refused(model, prompts):
 
 def test_a_mask_of_another_length_is_refused(model, prompts):
     inputs = prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5))
-    inputs["attention_mask"] = inputs["attention_mask"][:, :-2]
+    mask = inputs["attention_mask"]
+    inputs["attention_mask"] = mask[:, :-2]
     with pytest.raises(ValueError, match="attention_mask covers 24 tokens"):
         model(**inputs)
+    for shape in (mask[0], mask[None]):
+        inputs["attention_mask"] = shape
+        with pytest.raises(ValueError, match="attention_mask has shape .* wanted .batch, tokens"):
+            model(**inputs)
