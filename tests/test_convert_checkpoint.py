@@ -257,7 +257,7 @@ def test_gates_are_as_exact_as_the_embedding_where_parts_differ(tmp_path):
 
     def halve(tensors):
         for key in tensors:
-            if not key.startswith("model.visual."):
+            if key.startswith("model.language_model."):
                 tensors[key] = tensors[key].bfloat16()
 
     change_weights(tmp_path / "source", halve)
@@ -304,6 +304,16 @@ def lose_a_tensor(folder):
 
 def add_a_tensor(folder):
     change_weights(folder, lambda tensors: tensors.update({"model.layers.7.extra": torch.ones(2)}))
+
+
+def add_what_only_sounds_computed(folder):
+    key = "model.layers.0.self_attn.inv_freq_scale"
+    change_weights(folder, lambda tensors: tensors.update({key: torch.ones(4)}))
+
+
+def name_a_tensor_twice(folder):
+    key = "model.language_model.norm.weight"  # in the library's names, beside the Hub's
+    change_weights(folder, lambda tensors: tensors.update({key: torch.ones(HIDDEN)}))
 
 
 def add_a_gate(folder):
@@ -409,6 +419,8 @@ def untie_the_head(folder):
         (cut_a_shard, r"model-\d+-of-\d+\.safetensors is damaged or incomplete"),
         (lose_a_tensor, r"1 missing \(\S+\)$"),
         (add_a_tensor, r"1 unexpected \(model\.language_model\.layers\.7\.extra\)$"),
+        (add_what_only_sounds_computed, r"1 unexpected \(\S+inv_freq_scale\)$"),
+        (name_a_tensor_twice, r"holds model\.\S*norm\.weight, but .* has it already"),
         (add_a_gate, r"1 unexpected \(\S+g_proj_1\.bias\)$"),
         (quantise_a_tensor, "is I8; only BF16, F16, F32"),
         (halve_the_layers, r"12 unexpected \(\S+layers\.1\."),

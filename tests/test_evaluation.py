@@ -384,6 +384,8 @@ def test_generation_settings_are_applied_or_said_to_have_no_effect():
     assert greedy["applied"] == {"max_new_tokens": 16, "num_beams": 1, "do_sample": False}
     assert greedy["without_effect"] == {"temperature": 0.0, "top_p": 1.0, "frames": 8}
     assert greedy["until"] == []
+    cold = generation_settings({"do_sample": True, "temperature": 0})
+    assert cold["applied"]["do_sample"] is False
     drawn = generation_settings({"temperature": 0.7, "top_p": 0.9, "until": "END"})
     assert drawn["applied"]["do_sample"] and drawn["applied"]["temperature"] == 0.7
     assert drawn["without_effect"] == {} and drawn["until"] == ["END"]
@@ -398,6 +400,8 @@ def test_drawn_answers_are_drawn_alike_after_a_restart(load, task, tmp_path):
         request.arguments = (words, messages, drawn, *rest)
     try:
         given = answer(load(), task, requests)
+        twice = answer(load(), task, [requests[0], requests[0]])
+        assert twice[0] == given[0] != twice[1]  # asked again, it is drawn again
         shutil.rmtree(tmp_path / "answers")
         assert answer(load(), task, requests[2:]) == given[2:]
     finally:

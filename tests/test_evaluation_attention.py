@@ -45,6 +45,24 @@ def test_beams_and_chunks_do_not_confuse_the_count(settings):
         check(report, "sparse")
 
 
+def test_the_beam_with_the_fewest_counts_for_its_sample():
+    recorder = AttentionRecorder(make_model())
+    recorder.tokens = [torch.tensor([24, 24, 15, 3]), torch.tensor([0, 24, 15, 15])]
+    counts = [report["sparse_tokens_by_layer"] for report in recorder.reports([24, 15])]
+    assert counts == [[24, 0], [3, 15]]
+
+
+def test_mean_gates_are_means_over_tokens_and_heads():
+    model = make_model()
+    logits = torch.tensor([-0.3, 0.0, 0.6])  # of the branches of every head; the temperature is 0.3
+    for layer in model.model.language_model.layers:
+        layer.self_attn.g_proj_2.weight.data.zero_()
+        layer.self_attn.g_proj_2.bias.data.view(-1, 3).copy_(logits)
+    _, reports = answer(model, AttentionRecorder(model))
+    wanted = [round(x, 4) for x in (logits / 0.3).sigmoid().tolist()]
+    assert list(reports[0]["mean_gates"].values()) == wanted
+
+
 def test_a_dense_run_is_not_taken_for_a_sparse_one():
     model = make_model()
     recorder = AttentionRecorder(model)
