@@ -6,6 +6,7 @@ killed in the middle of a save goes on from the checkpoint before.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -229,9 +230,9 @@ def _is_hub_id(name):
 
 def prepare_folder(folder: str | Path, args):
     """Before a save: removes what an earlier run left of the same checkpoint."""
-    folder = Path(folder)
-    if folder.name.startswith(PREFIX_CHECKPOINT_DIR) and args.should_save:
-        delete_checkpoint(folder)
+    is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).name)
+    if is_checkpoint and Path(folder).parent == Path(args.output_dir) and args.should_save:
+        delete_checkpoint(Path(folder))
     PartialState().wait_for_everyone()
 
 

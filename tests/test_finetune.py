@@ -12,9 +12,11 @@ from transformers import AutoModelForImageTextToText, TrainingArguments
 import finetune
 import tiny
 from commands import finetuning_model
+from commands.checkpoint_files import REQUIRED_FILES, listed_files
 from commands.finetuning_data import REPORT, Collator, Conversations
 from commands.finetuning_flags import REFUSED
 from commands.finetuning_model import part_of
+from commands.finetuning_saving import whole_checkpoints
 from finetuning import (
     ROW,
     TEXT_ROW,
@@ -290,6 +292,10 @@ def test_two_processes_train_as_one_that_accumulates(folder, tmp_path, two_proce
         two_processes / name, trust_remote_code=True
     )
     assert type(model).__name__ == "VideoNSAForConditionalGeneration"
+    assert {*REQUIRED_FILES, "model.safetensors"} <= set(listed_files(two_processes / name))
+    assert [one.name for one in whole_checkpoints(two_processes / name)] == [
+        "checkpoint-2", "checkpoint-3",
+    ]  # fmt: skip
 
 
 def test_sharded_adapters_resume(two_processes):

@@ -22,6 +22,7 @@ from commands.finetuning_saving import (
     check_keys,
     complete_folder,
     find_checkpoint,
+    prepare_folder,
     whole_checkpoints,
 )
 from finetuning import flags, logits_of, losses, run, start
@@ -128,6 +129,17 @@ def test_old_checkpoints_go_once_a_new_one_is_whole(tmp_path, limit, left):
     callback.on_save(args, SimpleNamespace(global_step=4), None)
     assert sorted(int(p.name.rpartition("-")[2]) for p in tmp_path.iterdir()) == left
     assert (tmp_path / "checkpoint-4" / COMPLETE).exists()
+
+
+def test_a_save_clears_the_folder_of_its_own_checkpoint_alone(tmp_path):
+    out = tmp_path / "checkpoint-7"  # as a user may call the output folder
+    out.mkdir()
+    for step in (1, 2):
+        make_checkpoint(out, step, COMPLETE)
+    args = SimpleNamespace(output_dir=str(out), should_save=True)
+    for folder in (out, out / "adapter", tmp_path / "checkpoint-7" / "checkpoint-2"):
+        prepare_folder(str(folder), args)
+    assert [path.name for path in out.iterdir()] == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize("kind", ["whole", "shards", "adapter"])
