@@ -421,8 +421,11 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         **kwargs,
     ) -> BatchFeature:
         """As Qwen2.5-VL's; `fps` may be a list, a rate for each video, as qwen-vl-utils has it."""
+        if images is not None:  # an empty list is none
+            images = self.load_images(images) if _count_images(images) else None
         if videos is not None:
-            videos = list_videos(videos)
+            videos = list_videos(videos) or None
+        if videos is not None:
             rates = kwargs.get("fps")
             if isinstance(rates, (list, tuple)):  # as qwen-vl-utils gives them, one per video
                 kwargs.pop("fps")
@@ -439,8 +442,6 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
                 kwargs["videos_kwargs"] = _read_settings(kwargs["videos_kwargs"])
             # The library counts what stands in `videos`, and knows only strings and arrays.
             kwargs["video_parts"], videos = videos, ["video"] * len(videos)
-        if images is not None:
-            images = self.load_images(images)
         if text is not None and not kwargs.get("sanitize_control_tokens"):
             self._check_placeholders(text, self.image_token, "image", _count_images(images))
             self._check_placeholders(text, self.video_token, "video", len(videos or []))

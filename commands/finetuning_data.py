@@ -4,17 +4,14 @@ A row is rendered and tokenised once, each medium one placeholder. Its videos ar
 token budget and read as planned, and each placeholder becomes as many tokens as its plan says.
 """
 
-import io
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers.image_utils import load_image
 
 from commands.finetuning_rows import MEDIA, all_parts, parse_row, to_messages
 from commands.finetuning_sets import read_set, split_share
@@ -190,9 +187,7 @@ class Conversations(Dataset):
         tokens = []
         for part in all_parts(messages):
             if part["type"] == "image":
-                image = part["image"]
-                image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
-                image = part["image"] = load_image(image)
+                image = part["image"] = self.processor.load_images(part["image"])
                 patches = images.get_number_of_image_patches(image.height, image.width, {})
                 tokens.append(patches // images.merge_size**2)
         return tokens
