@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConf
 from commands import ROOT
 from commands.checkpoint_files import TOKENIZER_FILES, copy_code, file_inside, listed_files, upload
 from commands.model_card import HUB_ID, write_card
-from nsa_reference import gate_logit
+from nsa_rules import gate_logit
 
 COPIED_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "generation_config.json", "LICENSE")
 SOURCE_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "README.md", "LICENSE")

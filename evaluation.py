@@ -24,7 +24,7 @@ from pathlib import Path
 from commands import ROOT
 from commands.evaluation_manifest import compare, write_manifests
 from commands.evaluation_presets import ALIASES, PRESETS, Preset
-from nsa_reference import BRANCHES
+from nsa_rules import BRANCHES
 
 try:
     import lmms_eval.__main__ as harness

@@ -32,7 +32,7 @@ from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from .fused_videonsa import VideoNSAMLP, VideoNSARMSNorm, rotary
 from .generation_videonsa import VideoNSAGenerationMixin
 from .library_videonsa import cache_of, map_published_keys, order_offloaded_layers
-from .nsa_reference import gate_weights
+from .nsa_rules import gate_weights
 from .packing_videonsa import NSAPlan, make_plan, mask_of_chunk, packed_samples, valid_tokens
 from .positions_videonsa import positions_of_new_tokens, rope_index, state_in, state_of
 from .prefill_videonsa import (

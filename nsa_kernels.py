@@ -20,6 +20,7 @@ branch needs a do of its own: all read do, and do.o_b is both their delta and th
 
 import torch
 
+from .nsa_checks import check_gates, check_packed
 from .nsa_kernels_choice import choose_blocks, select_blocks
 from .nsa_kernels_compressed import (
     compress_blocks,
@@ -46,7 +47,7 @@ from .nsa_kernels_selected import (
 )
 from .nsa_kernels_tiles import build_tile_lists
 from .nsa_kernels_window import window_attention, window_dkv, window_dq, window_forward
-from .nsa_reference import check_gates, check_packed, no_queries
+from .nsa_reference import no_queries
 
 __all__ = [
     "compress_blocks",

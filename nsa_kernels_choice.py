@@ -8,6 +8,7 @@ largest maximum. Equal values go to the lower index on both levels.
 
 import torch
 
+from .nsa_checks import check_packed, check_shape
 from .nsa_kernels_primitives import (
     LOG2_E,
     check_inputs,
@@ -25,7 +26,6 @@ from .nsa_kernels_primitives import (
     tl,
     triton,
 )
-from .nsa_reference import check_packed, check_shape
 
 ROWS, MEANS = 64, 128  # tile of the importance kernel
 GROUP = 16  # blocks per maximum

@@ -5,6 +5,7 @@ Order: means (forward, backward), attention (forward, dq, dk and dv), launchers,
 
 import torch
 
+from .nsa_checks import check_ends, check_keys, check_packed
 from .nsa_kernels_primitives import (
     TILE_ROWS,
     check_inputs,
@@ -34,7 +35,7 @@ from .nsa_kernels_primitives import (
     tl,
     triton,
 )
-from .nsa_reference import check_ends, check_keys, check_packed, no_queries
+from .nsa_reference import no_queries
 
 LN_2 = 0.6931471805599453
 MEANS = 64  # per step

@@ -6,6 +6,7 @@ the float32 partial results are merged. Order: forward, merge, dq, dk and dv, la
 
 import torch
 
+from .nsa_checks import check_packed, check_shape
 from .nsa_kernels_primitives import (
     TILE_ROWS,
     check_inputs,
@@ -33,7 +34,7 @@ from .nsa_kernels_primitives import (
     tl,
     triton,
 )
-from .nsa_reference import check_packed, check_shape, no_queries
+from .nsa_reference import no_queries
 
 KEYS = 64  # per step
 MERGE_ROWS = 16  # per program

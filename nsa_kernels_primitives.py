@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .nsa_reference import check_lengths
+from .nsa_checks import check_lengths
 
 try:
     import triton
@@ -197,7 +197,7 @@ def first_to_see(block, B: tl.constexpr):
 
 @triton.jit
 def is_complete(block, position, B: tl.constexpr):
-    """Whether a query sees a block's mean: nsa_reference.is_complete, for the kernels."""
+    """Whether a query sees a block's mean: nsa_rules.is_complete, for the kernels."""
     return first_to_see(block, B) <= position
 
 

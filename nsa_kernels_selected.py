@@ -9,6 +9,7 @@ Order: forward, dq, dk and dv, launchers, public function.
 
 import torch
 
+from .nsa_checks import check_blocks, check_packed
 from .nsa_kernels_primitives import (
     add_rows,
     check_inputs,
@@ -36,7 +37,7 @@ from .nsa_kernels_primitives import (
     triton,
 )
 from .nsa_kernels_tiles import build_tile_lists
-from .nsa_reference import check_blocks, check_packed, no_queries
+from .nsa_reference import no_queries
 
 PARTS = 2  # programs per block and chunk in the cold kernels
 NOWHERE = tl.constexpr(1 << 30)  # position of what fills a small block up to 16 keys

@@ -5,6 +5,7 @@ Order: forward, dq, dk and dv, launchers, public function.
 
 import torch
 
+from .nsa_checks import check_packed
 from .nsa_kernels_primitives import (
     TILE_ROWS,
     add_rows,
@@ -33,7 +34,7 @@ from .nsa_kernels_primitives import (
     tl,
     triton,
 )
-from .nsa_reference import check_packed, no_queries
+from .nsa_reference import no_queries
 
 KEYS = 32  # per step; 64 is 20-30 % slower on an H100
 DKV_KEYS = 64

@@ -18,13 +18,20 @@ Numbers: any floating dtype, any device. Scores and softmax are computed in floa
 Memory: queries are taken in chunks, so it grows with the number of keys, not with its square.
 """
 
-import math
-
 import torch
 
-BRANCHES = ("compressed", "selected", "window")  # the order of the gates
+from .nsa_checks import (
+    check_blocks,
+    check_ends,
+    check_gates,
+    check_keys,
+    check_lengths,
+    check_packed,
+    check_shape,
+)
+from .nsa_rules import is_complete
+
 CHUNK_ELEMENTS = 2**21  # the largest intermediate of one chunk of queries; fits a CPU's cache
-INTEGERS = (torch.int32, torch.int64)
 
 
 def compress_blocks(
@@ -242,20 +249,6 @@ def dense_attention(
     return torch.cat(outputs) if outputs else no_queries(q, k, v)
 
 
-def gate_weights(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The weights of the branches: sigmoid(logits / temperature) (VideoNSA, section 2.1).
-
-    logits [..., 3 H], a head's compressed, selected and window branch next to each other. Returns
-    [..., H, 3], each weight between 0 and 1 by itself: the three need not sum to 1.
-    """
-    return (logits / temperature).sigmoid().unflatten(-1, (-1, 3))
-
-
-def gate_logit(weight: float, temperature: float) -> float:
-    """The logit whose `gate_weights` are `weight`, between 0 and 1: the inverse of that formula."""
-    return temperature * math.log(weight / (1 - weight))
-
-
 def nsa_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -305,141 +298,9 @@ def nsa_attention(
     return (branches * gates.to(q.dtype).unsqueeze(2)).sum(-1)
 
 
-def is_complete(num_blocks: int, positions: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Which of a sample's first blocks have a mean that queries at positions [t] see.
-
-    Block i is visible at position j when its last token is: (i + 1) * block_size - 1 <= j. Returns
-    bool [t, num_blocks].
-    """
-    last = torch.arange(1, num_blocks + 1, device=positions.device) * block_size - 1
-    return last <= positions[:, None]
-
-
-def count_visits(
-    positions: torch.Tensor, *, block_size: int, num_selected: int, window_size: int
-) -> torch.Tensor:
-    """How many keys the queries at positions [t] of one sample visit: int64 [t, 3], by branch.
-
-    The compressed branch visits means, the other two tokens.
-    """
-    block, offset = positions // block_size, positions % block_size
-    compressed = (positions + 1) // block_size  # as many as `is_complete`
-    selected = block.clamp(max=num_selected - 1) * block_size + offset + 1
-    window = (positions + 1).clamp(max=window_size)
-    return torch.stack([compressed, selected, window], dim=-1)
-
-
 def no_queries(q: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     """The output for q [0, H, D]: empty, and connected, so that all get gradients, of zeros."""
     return q * sum(x.sum().to(q.dtype) for x in others)
-
-
-def check_packed(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-) -> None:
-    """Raise a ValueError where q, k and v are not packed samples of matching shapes."""
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; "
-            "wanted [queries, heads, D], and twice [keys, key heads, D] with the same D."
-        )
-    if not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly; "
-            "the first must be a multiple of the second."
-        )
-    check_cumulative("cu_seqlens_q", cu_seqlens_q)
-    check_cumulative("cu_seqlens_k", cu_seqlens_k)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            f"cu_seqlens_q and cu_seqlens_k have shapes {tuple(cu_seqlens_q.shape)} and "
-            f"{tuple(cu_seqlens_k.shape)}; wanted one cumulative length per sample and a leading "
-            "zero in both."
-        )
-
-
-def check_cumulative(name: str, cu_seqlens: torch.Tensor) -> None:
-    """Raise a ValueError where cumulative lengths are not one row of integers."""
-    if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in INTEGERS:
-        raise ValueError(
-            f"{name} has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; wanted "
-            "integers, one cumulative length per sample and a leading zero."
-        )
-
-
-def check_keys(k: torch.Tensor, v: torch.Tensor, cu_seqlens_k: torch.Tensor) -> None:
-    """Raise a ValueError where k and v are not packed samples of one shape."""
-    if k.ndim != 3 or k.shape != v.shape:
-        raise ValueError(
-            f"k and v have shapes {tuple(k.shape)} and {tuple(v.shape)}; wanted [keys, key heads, "
-            "D] of both."
-        )
-    check_cumulative("cu_seqlens_k", cu_seqlens_k)
-
-
-def check_gates(gates: torch.Tensor, q: torch.Tensor) -> None:
-    """Raise a ValueError where gates are not [Tq, H, 3]."""
-    shape = (*q.shape[:2], 3)
-    check_shape("gates", gates, shape, "one weight per query, head and branch")
-
-
-def check_blocks(blocks: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
-    """Raise a ValueError where blocks are not [Tq, K, S]."""
-    shape = (len(q), k.shape[1], *blocks.shape[2:3])
-    check_shape("blocks", blocks, shape, "the block numbers of each query and key head")
-
-
-def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    """Raise a ValueError where a tensor has another shape."""
-    if tensor.shape != tuple(shape):
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; wanted {meaning}, {tuple(shape)}."
-        )
-
-
-def check_lengths(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    *,
-    block_size: int = 1,
-) -> None:
-    """Raise a ValueError where lengths do not fit q [Tq, ...] and k [Tk // block_size, ...].
-
-    Reads the lengths, which on a GPU waits for it.
-    """
-    check_ends("cu_seqlens_q", cu_seqlens_q, len(q))
-    check_ends("cu_seqlens_k", cu_seqlens_k, len(k), block_size=block_size)
-    lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
-    for sample, (queries, keys) in enumerate(lengths):
-        if queries > keys:
-            raise ValueError(
-                f"sample {sample} has {queries} queries but {keys} keys; its queries must be the "
-                "last of its keys."
-            )
-
-
-def check_ends(name: str, cu_seqlens: torch.Tensor, rows: int, *, block_size: int = 1) -> None:
-    """Raise a ValueError where lengths do not go up from 0 to the tokens of so many rows.
-
-    The rows are tokens, or with a block_size above 1 the means of so many tokens each.
-    """
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends != sorted(ends):
-        raise ValueError(
-            f"{name} is {ends}; wanted cumulative lengths, which start at 0 and never go down."
-        )
-    if ends[-1] // block_size != rows:
-        what = "rows" if block_size == 1 else f"means of {block_size} tokens"
-        raise ValueError(
-            f"{name} ends at {ends[-1]} tokens, but its tensor has {rows} {what}; wanted the "
-            "lengths of the samples that are packed there."
-        )
 
 
 def _spans(cumulative):

@@ -35,6 +35,8 @@ CODE_FILES = (
     "fused_videonsa.py",
     "vision_videonsa.py",
     "nsa_reference.py",
+    "nsa_checks.py",
+    "nsa_rules.py",
     "nsa_kernels.py",
     "nsa_kernels_choice.py",
     "nsa_kernels_compressed.py",

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from nsa_reference import BRANCHES
+from nsa_rules import BRANCHES
 
 
 class WrongAttention(RuntimeError):

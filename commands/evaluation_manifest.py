@@ -14,7 +14,7 @@ import torch
 from commands import ROOT
 from commands.evaluation_answers import options_of, read_answer, right_letter
 from commands.evaluation_attention import check
-from nsa_reference import BRANCHES
+from nsa_rules import BRANCHES
 
 PACKAGES = (
     "lmms_eval",

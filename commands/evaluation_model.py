@@ -27,7 +27,7 @@ from commands.evaluation_manifest import (
 )
 from commands.evaluation_presets import ALIASES, LIMITS
 from commands.model_card import find_file
-from nsa_reference import BRANCHES
+from nsa_rules import BRANCHES
 
 # What reading a video can fail with; tasks call sys.exit where a file is missing.
 UNREADABLE = (OSError, ValueError, SystemExit)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from commands.finetuning_rows import MEDIA, all_parts, parse_row, to_messages
 from commands.finetuning_sets import read_set, split_share
-from nsa_reference import count_visits
+from nsa_rules import count_visits
 
 IGNORE = -100
 REPORT = "data_report.jsonl"

@@ -17,7 +17,7 @@ from commands.checkpoint_files import listed_files, upload
 from commands.finetuning_data import DataReport
 from commands.finetuning_model import PARTS, part_of
 from commands.finetuning_saving import WholeCheckpoints, complete_folder, prepare_folder
-from nsa_reference import BRANCHES
+from nsa_rules import BRANCHES
 
 logger = transformers.utils.logging.get_logger("finetune")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from commands.evaluation_attention import AttentionRecorder, WrongAttention, check
-from nsa_reference import BRANCHES
+from nsa_rules import BRANCHES
 from tiny import Prompts, make_model
 
 VISION = [24, 15, 0]  # vision tokens of the rows below

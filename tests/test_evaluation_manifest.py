@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from commands.evaluation_manifest import compare, content_of, describe_medium, describe_videos
-from nsa_reference import BRANCHES
+from nsa_rules import BRANCHES
 
 
 def manifest(score, scored, date):

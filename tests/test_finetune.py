@@ -29,7 +29,7 @@ from finetuning import (
     start,
     write_rows,
 )
-from nsa_reference import BRANCHES
+from nsa_rules import BRANCHES
 from paths import ROOT
 
 

@@ -233,6 +233,17 @@ def test_cold_pairs_of_the_last_of_many_samples(monkeypatch):
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_the_oldest_key_of_a_window_may_end_a_step():
+    """Key 31 is the last of the kernel's first 32, and of the window of query 40."""
+    q, k, v, _, cu_q, cu_k = packed(tiny((41,), 1, 1, cached=40), torch.float32, device=DEVICE)
+    results = (
+        run(lambda *x, m=m: m.window_attention(*x, cu_q, cu_k, window_size=10), (q, k, v), q)
+        for m in (kernels, reference)
+    )
+    for name, got, wanted in zip(NAMES, *results, strict=False):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
+
+
 def test_float16_is_as_accurate_as_eager(monkeypatch):
     use_hybrid(monkeypatch)
     check_layer(tiny((127,), cached=100), torch.float16, monkeypatch)
