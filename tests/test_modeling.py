@@ -494,6 +494,23 @@ def test_embeddings_with_types_equal_ids(model, prompts):
     torch.testing.assert_close(actual, expected, **CLOSE)
 
 
+def test_types_tell_images_from_videos(prompts):
+    """Where only videos are sparse, an image among embeddings attends as text."""
+    model = make_model(nsa_modalities=["video"])
+    inputs = prompts.batch(prompts.row(1, ("image", 4, 4), 2, ("video", 4, 2, 2), 3))
+    positions = own_positions(model, inputs)
+    seen = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    expected = logits(model, inputs)
+    hook.remove()
+    embedded = {"inputs_embeds": seen[0]["inputs_embeds"]}
+    embedded["mm_token_type_ids"] = inputs["mm_token_type_ids"]
+    actual = logits(model, embedded, position_ids=positions)
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
 def test_missing_token_types_change_nothing(model, prompts):
     inputs = prompts.batch(prompts.row(3, ("video", 4, 2, 2), 5))
     expected = logits(model, inputs)

@@ -259,6 +259,25 @@ def test_lengths_given_for_the_stock_tower_do_not_reach_the_attention(monkeypatc
     assert seen and not any(name.startswith("max_") for kwargs in seen for name in kwargs)
 
 
+def test_only_a_module_on_cuda_with_nothing_around_it_has_its_weight_read():
+    class Linear:
+        def __init__(self, **changed):
+            self.weight = SimpleNamespace(is_cuda=True)
+            self._forward_hooks, self._forward_pre_hooks = {}, {}
+            vars(self).update(changed)
+
+    assert vision._is_plain(Linear(), Linear)
+    assert not vision._is_plain(Linear(), torch.nn.Linear)
+    for changed in (
+        {"weight": SimpleNamespace(is_cuda=False)},
+        {"weight": SimpleNamespace(is_cuda=True, ds_id=0)},
+        {"forward": print},
+        {"_forward_hooks": {0: print}},
+        {"_forward_pre_hooks": {0: print}},
+    ):
+        assert not vision._is_plain(Linear(**changed), Linear), changed
+
+
 def test_hidden_states_lie_as_stock_gives_them():
     stock, ours = towers()
     inputs = pixels_of(stock, MEDIA["odd video"])
