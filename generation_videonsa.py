@@ -52,7 +52,7 @@ class VideoNSAGenerationMixin(GenerationMixin):
         new = text.shape[1] - cached
         if input_ids is not None:
             input_ids = input_ids[:, -new:]
-            check_media(self.model, {**model_kwargs, "input_ids": input_ids}, first=cached == 0)
+            check_media(self.model, {**model_kwargs, "input_ids": input_ids}, cached)
         valid = valid_tokens(model_kwargs.get("attention_mask"), text.shape[1])
         media = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
         vision = positions_of_new_tokens(

@@ -270,9 +270,10 @@ class VideoNSAModel(Qwen2_5_VLModel):
         tokens = inputs_embeds if input_ids is None else input_ids
         new = tokens.shape[1]
         cached = _cached_length(cache, new)
-        if nsa_chunk_size is not None:
-            check_chunk_size(nsa_chunk_size)
-        check_media(self, call, first=isinstance(cached, int) and cached == 0)
+        check_chunk_size(nsa_chunk_size)
+        check_media(self, call, cached)
+
+        # State: which tokens are vision and which are padding, cached and new.
         state = state_in(cache, cached)  # None as long as there was only text
         vision = self._vision_tokens(mm_token_type_ids, call)
         valid = None
@@ -281,6 +282,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
             valid = valid_tokens(attention_mask, cached + new)
             state = state_of(cache, cached, valid, tokens)
 
+        # Positions: those of the new tokens, after the largest of the cached ones.
         if position_ids is None and state is not None:
             position_ids = positions_of_new_tokens(
                 self.config,
@@ -298,20 +300,28 @@ class VideoNSAModel(Qwen2_5_VLModel):
                 # Before the cache is filled: an interrupted call leaves a part of it, which counts.
                 cache.nsa_state = state
 
+        # Run: in chunks, or whole.
         call["position_ids"] = position_ids
+        seen = None if vision is None else state.vision
         if nsa_chunk_size is not None and new > nsa_chunk_size:
-            seen = None if vision is None else state.vision
             return self._forward_in_chunks(nsa_chunk_size, int(cached), seen, valid, **call)
-        if vision is not None:
-            sample = packed_samples(attention_mask, position_ids) if cache is None else None
-            call["nsa_plan"] = make_plan(state.vision, new, valid, sample)
-        for pixels in PIXELS.values():
-            if call.get(pixels) is not None and not torch.is_tensor(call[pixels]):
-                call[pixels] = torch.as_tensor(call[pixels][:]).to(tokens.device)
-        outputs = super().forward(return_dict=True, **call)
+        for name in PIXELS.values():
+            if call.get(name) is not None and not torch.is_tensor(call[name]):
+                call[name] = torch.as_tensor(call[name][:]).to(tokens.device)
+        outputs = self._forward_whole(new, seen, valid, call)
         if vision is not None and (cache := cache_of(outputs)) is not None:
             cache.nsa_state = state  # the library may have made the cache
         return outputs
+
+    def _forward_whole(self, new, vision, valid, call):
+        """vision and valid bool [B, cached + new] or None; call: the arguments that stock takes."""
+        if vision is None:
+            return super().forward(return_dict=True, **call)
+        sample = None
+        if cache_of(call) is None:
+            sample = packed_samples(call["attention_mask"], call["position_ids"])
+        plan = make_plan(vision, new, valid, sample)
+        return super().forward(nsa_plan=plan, return_dict=True, **call)
 
     def _forward_in_chunks(
         self,

@@ -20,8 +20,8 @@ PREFILL_CHUNK_SIZE = 16384
 
 
 def check_chunk_size(size) -> None:
-    """Raise ValueError unless `size` is a number of tokens that a prompt can be cut into."""
-    if type(size) is not int or size < 1:
+    """Raise ValueError unless a prompt can be cut into chunks of `size` tokens; None cuts none."""
+    if size is not None and (type(size) is not int or size < 1):
         raise ValueError(
             f"prefill_chunk_size (of generate; nsa_chunk_size of forward) is {size!r}; wanted a "
             "whole number of tokens, at least 1, or None."
@@ -89,15 +89,17 @@ def _shape(x):
     return list(x.shape) if hasattr(x, "shape") else f"a {type(x).__name__}"
 
 
-def check_media(model, call: dict, first: bool) -> None:
+def check_media(model, call: dict, cached: int | torch.Tensor) -> None:
     """Raise ValueError unless a call's images and videos fit their placeholders in its tokens.
 
-    first: the cache is empty. A later call may bring the grids of a conversation without pixels.
+    cached: tokens in the cache. With some, grids of earlier turns may come without their pixels, as
+    `generate` passes them while it decodes.
     """
     check_pixels(model.config, call)
     encoded = call.get("mm_encoder_outputs") or {}
     grids = {kind: call.get(f"{kind}_grid_thw") for kind in PIXELS if encoded.get(kind) is None}
     grids = {kind: grid for kind, grid in grids.items() if grid is not None}
+    first = not torch.is_tensor(cached) and cached == 0
     if not (has_media(call) or (first and grids)):
         return
     placeholders = placeholders_of(model, call.get("input_ids"), call.get("inputs_embeds"))

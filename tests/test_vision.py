@@ -278,6 +278,14 @@ def test_only_a_module_on_cuda_with_nothing_around_it_has_its_weight_read():
         assert not vision._is_plain(Linear(**changed), Linear), changed
 
 
+def test_a_frozen_tower_keeps_nothing_for_a_backward():
+    """Though a hook wants gradients of its input, as the library sets one where adapters train."""
+    _, ours = towers()
+    ours.requires_grad_(False)
+    ours.patch_embed.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    assert not ours(*pixels_of(ours, MEDIA["image"])).pooler_output.requires_grad
+
+
 def test_hidden_states_lie_as_stock_gives_them():
     stock, ours = towers()
     inputs = pixels_of(stock, MEDIA["odd video"])
