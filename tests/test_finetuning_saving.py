@@ -325,3 +325,23 @@ def test_a_folder_and_the_hub_hold_what_was_trained(
         assert str(folder) not in card and str(ROOT) not in card and str(tmp_path) not in card
         assert "`clips.jsonl`" in card
     assert not {"data_report.jsonl", "training_args.bin", COMPLETE} & names_in(repo)
+
+
+def test_a_run_that_ended_with_an_adapter_may_go_on_and_end_merged(
+    folder, tmp_path, monkeypatch, batch
+):
+    out, repo = tmp_path / "out", tmp_path / "hub"
+    Hub(repo, monkeypatch)
+    settings = {"lora_r": 2, "save_strategy": "steps", "save_steps": 1, "push_to_hub": True}
+    run(folder / "clips.jsonl", out, max_steps=1, **settings)
+    assert "adapter_model.safetensors" in names_in(out) & names_in(repo)
+    trainer = run(
+        folder / "clips.jsonl", out, max_steps=2, resume_from_checkpoint="last", merge_lora=True,
+        **settings,
+    )  # fmt: skip
+    expected = logits_of(trainer.model, batch)
+    for place in (out, repo):
+        assert not [name for name in names_in(place) if name.startswith("adapter_")]
+        merged = AutoModelForImageTextToText.from_pretrained(place, trust_remote_code=True)
+        torch.testing.assert_close(logits_of(merged, batch), expected, rtol=1e-4, atol=1e-4)
+    assert "adapter_config.json" in names_in(out / "adapter")
