@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import publish
 from commands import checkpoint_files
-from commands.checkpoint_files import CHECKPOINT_FILES, CODE_FILES, listed_files
+from commands.checkpoint_files import CHECKPOINT_FILES, CODE_FILES, file_inside, listed_files
 from convert_checkpoint import convert
 from paths import ROOT
 
@@ -98,6 +98,20 @@ def test_a_tuned_checkpoint_carries_what_its_base_does(converted, tmp_path, ways
     # transformers 5 keeps the processor's settings in one file.
     assert tuned - base <= {"processor_config.json"}
     assert base - tuned <= {"preprocessor_config.json", "video_preprocessor_config.json"}
+
+
+def test_only_blobs_count_as_inside_a_folder_of_the_hubs_cache(tmp_path):
+    repository = tmp_path / "models--me--tiny"
+    snapshot = repository / "snapshots/0123abc"
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "blobs/0").touch()
+    (repository / "refs/main").touch()
+    (snapshot / "config.json").symlink_to("../../blobs/0")
+    (snapshot / "README.md").symlink_to("../../refs/main")
+    assert file_inside(snapshot, "config.json") == snapshot / "config.json"
+    with pytest.raises(ValueError, match="README.md of .* leads to .*refs/main, outside"):
+        file_inside(snapshot, "README.md")
 
 
 def test_save_pretrained_copies_the_code(converted, tmp_path):

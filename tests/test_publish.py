@@ -43,7 +43,8 @@ class Api:
     ):
         files = [p.relative_to(folder_path).as_posix() for p in folder_path.rglob("*")]
         sent = set(filter_repo_objects(files, allow_patterns=allow_patterns))
-        remote = ["README.md", "model-00001-of-00002.safetensors", ".gitattributes", "my.md"]
+        remote = ["README.md", "model-00001-of-00002.safetensors", "adapter_config.json"]
+        remote += [".gitattributes", "my.md"]
         deleted = set(filter_repo_objects(remote, allow_patterns=delete_patterns)) - sent
         self.calls.append(("upload_folder", repo_id, sent, deleted))
 
@@ -78,7 +79,8 @@ def test_only_listed_files_are_sent_in_one_commit(api, model, monkeypatch):
     assert (made, repo_id, private, exist_ok) == ("create_repo", "me/tiny", True, True)
     assert (uploaded, target) == ("upload_folder", "me/tiny")
     assert sent == set(checkpoint_files.listed_files(ROOT))
-    assert deleted == {"model-00001-of-00002.safetensors"}  # of an earlier split
+    # Of an earlier split, and of an adapter that loading would apply to these weights.
+    assert deleted == {"model-00001-of-00002.safetensors", "adapter_config.json"}
 
 
 def lose_a_weight(model):
