@@ -131,6 +131,21 @@ def test_a_token_budget_gives_up_frames_and_keeps_their_size():
     assert part.seconds[1] == 2 * whole.seconds[1]
 
 
+def test_an_odd_minimum_of_frames_is_met():
+    plan = plan_video(1, 25, 96, 160, min_frames=5)
+    assert (plan.frames, plan.frames_reason) == (6, "minimum")
+
+
+def test_total_pixels_leave_frames_a_little_more_than_the_minimum():
+    """As in qwen-vl-utils: at least 1.05 times min_pixels, past which frames are given up."""
+    limits = {"min_pixels": 100 * 784, "max_pixels": 400 * 784}
+    plan = plan_video(50, 1250, 28 * 7, 28 * 15, total_pixels=2000 * 784, **limits)
+    assert (plan.height, plan.width) == (28 * 7, 28 * 15)  # 105 tokens
+    assert plan.frames == 2 * (2000 // 105) < plan.requested == 100
+    plan = plan_video(50, 1250, 28 * 10, 28 * 11, total_pixels=2000 * 784, **limits)
+    assert (plan.height, plan.width) == (28 * 9, 28 * 10)  # 110 tokens are too many
+
+
 @pytest.mark.parametrize("settings", [{"max_tokens": 14}, {"total_pixels": 14 * 784}])
 def test_a_budget_below_two_frames_is_refused_with_what_would_fit(settings):
     limits = {"max_pixels": 12544, "min_pixels": 12544}

@@ -3,6 +3,7 @@
 import _thread
 import copy
 import gc
+import queue
 import signal
 import subprocess
 import sys
@@ -118,6 +119,8 @@ SETTINGS = {
     "an odd number": {"do_sample_frames": False, "video_end": 1.5},
     "its own size": {"resized_height": 56, "resized_width": 112},
     "few": {"max_tokens": 32},
+    "at the edges of frames": {"fps": 10.0},
+    "just below the edges of frames": {"fps": 10.0, "video_start": 0.1, "video_end": 1.1},
 }
 
 
@@ -125,7 +128,9 @@ SETTINGS = {
 def test_settings_of_a_message(processor, folder, case):
     video, settings = str(folder / "plain.mp4"), SETTINGS[case]
     whole = take(processor, video, settings=settings)
-    check_equal(take(processor, video, settings=settings, stream=True), whole)
+    streamed = take(processor, video, settings=settings, stream=True)
+    assert streamed["video_metadata"] == whole["video_metadata"]
+    check_equal(streamed, whole)
 
 
 def test_several_videos_are_one_stream(processor, folder):
@@ -239,6 +244,23 @@ def test_the_end_of_a_stream(processor, folder, small_steps):
         thread.join(5)
     assert not running()
     assert len(stream[len(stream) - 60 :]) == 60  # what was read last is there to its end
+
+
+def test_a_group_that_takes_long_is_waited_for(processor, folder):
+    """Longer than the second after which a reader looks whether the thread is still there."""
+    path = str(folder / "plain.mp4")
+    whole = take(processor, path)["pixel_values_videos"]
+    stream = take(processor, path, stream=True)["pixel_values_videos"]
+    get, waits = stream._ready.get, iter(range(3))
+
+    def late(timeout):
+        if next(waits, None) is not None:
+            raise queue.Empty
+        return get(timeout=timeout)
+
+    stream._ready.get = late
+    assert torch.equal(stream[:], whole)
+    assert next(waits, None) is None
 
 
 @pytest.mark.parametrize("then", ["", "stream.close()", "stream[0:8]"])

@@ -98,6 +98,20 @@ def test_a_clip_is_sampled_evenly(processor, folder):
     assert all(map(clips.is_upright, frames))
 
 
+def test_the_numbers_of_an_ordinary_file(processor, folder):
+    """29.97 frames a second, and a part of them that is no whole number of frames."""
+    rate = Fraction(30000, 1001)
+    path = clips.write_clip(folder / "ntsc.mp4", 120, rate=rate, options={"g": "30"})
+    _, metadata, out = read(processor, path, fps=2)
+    assert (metadata.total_num_frames, metadata.fps) == (120, pytest.approx(float(rate)))
+    assert metadata.frames_indices == [0, 15, 30, 45, 60, 75, 90, 105]
+    assert out["second_per_grid_ts"].tolist() == pytest.approx([2 * metadata.duration / 8])
+    _, metadata, out = read(processor, path, fps=2, video_start=1.01, video_end=3.04)
+    assert (metadata.total_num_frames, metadata.duration) == (61, pytest.approx(2.03))
+    assert metadata.fps == pytest.approx(61 / 2.03)
+    assert out["second_per_grid_ts"].tolist() == pytest.approx([2 * 2.03 / 4])
+
+
 def test_a_turned_video_comes_upright(processor, folder):
     frames, _, out = read(processor, clips.turned_quarter(folder), fps=2)
     assert all(map(clips.is_upright, frames))
@@ -162,6 +176,63 @@ def test_lost_pictures_are_never_replaced_by_others(processor, folder):
         read(processor, path)
     frames, metadata, _ = read(processor, path, video_end=1.2)  # what comes before is whole
     assert [clips.number_in(frame) for frame in frames] == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(5, 6.0), (100, 102.0)])
+def test_how_much_a_header_may_promise(folder, seconds, most):
+    """A second, or 2 % of a long file: containers round, and sound ends later."""
+    path = clips.write_clip(folder / "promise.mp4", seconds, rate=1, options={"g": "5"})
+
+    class Promising(VideoFile):
+        def _promised_end(self):
+            return self.promised
+
+    Promising.promised = most - 0.05
+    assert Promising(str(path)).duration == seconds
+    Promising.promised = most + 0.05
+    with pytest.raises(ValueError, match=r"promise\.mp4 should last .* only the first"):
+        Promising(str(path))
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+def test_packets_that_the_container_calls_corrupt(folder, codec):
+    """A decoder shows such pictures, and those made from them, without a word."""
+    rate = {"rate": 25} if codec == "mpeg2video" else {}
+    path = clips.write_clip(
+        folder / "lossy.ts", 100, 480, 640, codec=codec, options={"g": "20", "crf": "5"}, **rate
+    )
+    data = path.read_bytes()
+    at = len(data) // 188 // 2 * 188
+    path.write_bytes(data[:at] + data[at + 3 * 188 :])
+    with av.open(str(path)) as file:
+        start = file.streams.video[0].start_time
+        packets = [(float((p.pts - start) * p.time_base), p) for p in file.demux(video=0) if p.size]
+    hole = min(time for time, packet in packets if packet.is_corrupt)
+    key = min(time for time, packet in packets if packet.is_keyframe and time > hole)
+    with VideoFile(str(path)) as file:
+        shown = set()
+        for time, _ in packets:
+            try:
+                list(file.frames_at([time]))
+                shown.add(time)
+            except ValueError as error:
+                assert "is damaged around" in str(error)
+        assert shown >= {time for time, _ in packets if not hole - 0.4 < time < key}
+        assert not any(hole + 3 / file.rate < time < key - 0.01 for time in shown)
+
+
+def test_a_recording_that_starts_between_two_key_frames(folder, caplog):
+    """What cannot be decoded before the first key frame is left out, and said."""
+    options = {"g": "20", "bf": "0", "sc_threshold": "0"}
+    path = clips.write_clip(folder / "tuned.ts", 60, options=options)
+    with av.open(str(path)) as file:
+        late = min(p.pos for p in file.demux(video=0) if p.pos and p.pts * p.time_base > 0.65)
+    path.write_bytes(path.read_bytes()[late // 188 * 188 :])
+    with VideoFile(str(path)) as file:
+        times = file.frame_times()
+        numbers = [clips.number_in(file.image(frame)) for _, frame in file.frames_at(times)]
+        assert numbers == list(range(20, 60)) and file.frames == 40
+        assert (times[0], file.duration) == (0, pytest.approx(4))
 
 
 def test_a_header_that_promises_too_much(processor, folder, caplog):
