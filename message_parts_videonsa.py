@@ -90,6 +90,7 @@ def plain_source(source):
     source: a path, a file:// or data: address, bytes, an open file, or a dict of one of them under
     one of SOURCE_KEYS, the first that is not None. Arrays, tensors and pictures are unchanged.
     """
+    source = _as_list(source)
     if isinstance(source, Mapping):
         return _from_mapping(source)
     if isinstance(source, (list, tuple)):
@@ -160,7 +161,7 @@ def _read_message(message):
         raise ValueError(
             f"A message has a role and content, but this one has {', '.join(map(str, message))}."
         )
-    content = message.get("content", [])
+    content = _as_list(message.get("content", []))
     if not isinstance(content, str):
         parts = content if isinstance(content, (list, tuple)) else [content]
         content = [read_part(part) for part in parts]
@@ -198,6 +199,12 @@ def _medium(part, kind):
         if rest.get("detail") == "auto":
             del rest["detail"]
     return {**rest, kind: plain_source(source)}
+
+
+def _as_list(item):
+    """A NumPy array of texts or objects, as tables give lists, as a list; others as they are."""
+    kind = getattr(getattr(item, "dtype", None), "kind", None)
+    return item.tolist() if kind in ("O", "U", "S") else item
 
 
 def _without(items, keys):

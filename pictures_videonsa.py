@@ -45,10 +45,16 @@ class ImagePart:
         if ("resized_height" in settings) != ("resized_width" in settings):
             raise ValueError("An image has resized_height or resized_width alone; give both.")
 
-    def load(self, image_processor) -> Image.Image:
-        picture = load_picture(self.source)
+    def load(self, image_processor):
+        """The picture, or the array that was given, in the size that was asked for."""
+        picture = load_image_or_array(self.source)
         if not self.settings:
             return picture
+        if not isinstance(picture, Image.Image):
+            raise ValueError(
+                f"A message asks for {', '.join(self.settings)} of an image that is an array; give "
+                "the array in that size, or a picture."
+            )
         own, size = self.settings, image_processor.size
         factor = image_processor.patch_size * image_processor.merge_size
         least = own.get("min_pixels", size["shortest_edge"])
@@ -119,6 +125,13 @@ def load_picture(source) -> Image.Image:
         raise ValueError(f"The image {name} is damaged ({error}).") from error
 
 
+def load_image_or_array(source):
+    """A picture from any source; of arrays and tensors, what the image processor can read."""
+    if isinstance(source, np.ndarray):
+        return np.ascontiguousarray(source)  # a view that runs backwards is no tensor
+    return source if isinstance(source, torch.Tensor) else load_picture(source)
+
+
 def is_animated(picture: Image.Image) -> bool:
     """Whether an opened picture is a sequence to be played."""
     return picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1
@@ -150,13 +163,17 @@ def as_tensor(array) -> torch.Tensor:
 
 def _picture_file(source, name):
     """What Pillow opens for a path, bytes or base64."""
+    if source == b"":
+        raise ValueError("it is empty")
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if not isinstance(source, str):
         raise TypeError("a picture is a path, an address, bytes or an open file")
+    if not source:
+        raise FileNotFoundError("An image was given by an empty text; give its path or address.")
     if os.path.isfile(source):
         return source
     try:
-        return io.BytesIO(base64.b64decode(source, validate=True))
+        return io.BytesIO(base64.b64decode("".join(source.split()), validate=True))
     except ValueError:
         raise FileNotFoundError(f"There is no image file {name}.") from None

@@ -14,7 +14,6 @@ from inspect import signature
 from itertools import chain, islice
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
@@ -31,7 +30,7 @@ from .message_parts_videonsa import (
 from .pictures_videonsa import (
     IMAGE_SETTINGS,
     ImagePart,
-    load_picture,
+    load_image_or_array,
     playable,
 )
 from .pixel_stream_videonsa import AHEAD_BYTES, GROUP_BYTES, GROUP_STEPS, PixelStream
@@ -228,7 +227,15 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             return frames, reading.planned.metadata(reading.times)
 
     def _to_patches(self, frames, metadata, kwargs):
-        """The parent's outputs for videos of the right size, uint8 [frames, 3, height, width]."""
+        """The parent's outputs for videos of the right size, [frames, 3, height, width]."""
+        rescale = kwargs.get("do_rescale")
+        if self.do_rescale if rescale is None else rescale:
+            for video in frames:
+                if video.is_floating_point() and 0 < video.max() <= 1:
+                    logger.warning_once(
+                        "Frames hold floating-point numbers up to 1, which are taken for values of "
+                        "0 to 255 and so for almost black: say do_rescale=False, or give 0 to 255."
+                    )
         return super().preprocess(
             frames,
             video_metadata=metadata,
@@ -409,9 +416,7 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             return [self.load_images(image) for image in images]
         if type(images).__name__ == "ImagePart":  # by name, as for videos
             return images.load(self.image_processor)
-        if isinstance(images, np.ndarray):
-            return np.ascontiguousarray(images)  # a view that runs backwards is no tensor
-        return images if isinstance(images, torch.Tensor) else load_picture(images)
+        return load_image_or_array(images)
 
     def __call__(
         self,

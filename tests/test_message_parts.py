@@ -346,6 +346,45 @@ def test_views_that_run_backwards(processor):
         assert torch.equal(out["pixel_values"], expected["pixel_values"])
 
 
+def test_images_and_frames_as_arrays(processor, caplog):
+    frames = np.stack([clips.frame_image(number, 56, 84) for number in range(4)])
+    picture = Image.fromarray(frames[1])
+    expected = take(processor, message({"type": "image", "image": picture}))
+    for array in (frames[1], torch.from_numpy(frames[1]).permute(2, 0, 1)):
+        assert_same(processor, message({"type": "image", "image": array}), expected)
+    with pytest.raises(ValueError, match="max_pixels of an image that is an array"):
+        take(processor, message({"type": "image", "image": frames[1], "max_pixels": 784}))
+    expected = take(processor, message({"type": "video", "video": frames}), fps=2.0)
+    alpha = np.concatenate([frames, frames[..., :1]], axis=-1)
+    for same in (frames.astype(float), frames.astype(np.int64), alpha, torch.from_numpy(alpha)):
+        out = take(processor, message({"type": "video", "video": same}), fps=2.0)
+        assert torch.equal(out["pixel_values_videos"], expected["pixel_values_videos"])
+    for wrong, error in (
+        (frames.astype(np.uint16) * 257, "values from 0 to 65535; they are numbers from 0 to 255"),
+        (frames > 128, "numbers from 0 to 255, not torch.bool"),
+        (np.full(frames.shape, np.nan), "values from nan to nan"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            take(processor, message({"type": "video", "video": wrong}), fps=2.0)
+    fractions = message({"type": "video", "video": frames / 255})
+    out = take(processor, fractions, fps=2.0, do_rescale=False)
+    torch.testing.assert_close(out["pixel_values_videos"], expected["pixel_values_videos"])
+    assert not caplog.text
+    take(processor, fractions, fps=2.0)
+    assert "say do_rescale=False" in caplog.text
+
+
+def test_lists_that_tables_give_as_arrays(processor, folder):
+    plain = message({"type": "video", "video": str(folder / "clip.mp4")})
+    expected = take(processor, plain)
+    table = [{"role": "user", "content": np.array(plain[0]["content"], dtype=object)}]
+    assert_same(processor, np.array(table, dtype=object), expected)
+    frames = [str(folder / "frames" / f"frame{number}.png") for number in (1, 2)]
+    for listed in (np.array(frames), np.array(frames, dtype=object)):
+        out = take(processor, message({"type": "video", "video": listed}), fps=2.0)
+        assert out["video_grid_thw"].tolist() == [[1, 4, 6]]
+
+
 def test_what_a_message_says_of_its_image(processor, folder, caplog):
     path = str(folder / "picture.png")
     image = {"type": "image", "image": path}
