@@ -39,7 +39,7 @@ UNCLEAR = {"fps", "num_frames", "nframes", "start", "end", "start_time", "end_ti
 UNCLEAR |= {"start_sec", "end_sec", "clip_start", "clip_end"}
 # Names under which people keep media, and which are not read.
 FILE_KEY = re.compile(
-    r"(?:(?:video|image|picture|frame|media|clip|file)s?(?:_?(?:path|file|name|url|uri)s?)?"
+    r"(?:(?:video|image|picture|frame|media|clip|file)s?(?:_?(?:path|file|name|url|uri|link|src)s?)?"
     r"|paths?|urls?)",
     re.I,
 )
@@ -395,9 +395,10 @@ def _located(source, folder):
     if isinstance(source, (list, tuple)):
         return [_located(frame, folder) for frame in source]
     if isinstance(source, dict):  # as `datasets` stores them
-        if not (found := source.get("bytes") or source.get("path")):
-            raise ValueError(f"a medium has neither bytes nor a path: {_short(source)}")
-        source = found
+        found = [source[key] for key in ("bytes", "path", "url") if source.get(key)]
+        if not found:
+            raise ValueError(f"a medium has neither bytes nor a path or url: {_short(source)}")
+        source = found[0]
     if not isinstance(source, (str, os.PathLike)):
         return source
     source = os.fspath(source)

@@ -144,6 +144,7 @@ def test_settings_beside_a_video_are_the_videos():
         ({"video_path": "a.mp4", "conversations": ROW["conversations"]}, "has video_path"),
         ({"video": "a.mp4", "image_path": "b.png", "messages": TURNS}, "has image_path"),
         ({"frames": ["1.jpg"], "messages": TURNS}, "has frames"),
+        ({"video_link": "https://a.org/a.mp4", "messages": TURNS}, "has video_link"),
         ({"video": None, "messages": TURNS}, "text has <video>, but its video is empty"),
         ({"messages": TURNS}, "text has <video>, but it has no image or video"),
         ({"video": "a.mp4", "videos": ["b.mp4"], "messages": TURNS}, "both video and videos"),
@@ -193,6 +194,8 @@ def test_media_that_are_stored_in_a_row(processor, folder):
     item = data.encode(data.prepare(to_messages(row, folder)))
     assert item["image_grid_thw"].tolist() == [[1, 2, 4]]
     assert item["video_grid_thw"].tolist() == [[1, 2, 4], data[0]["video_grid_thw"][0].tolist()]
+    remote = {**ROW, "video": {"url": "https://a.org/a.mp4"}}
+    assert to_messages(remote, folder)[0]["content"][0]["video"] == "https://a.org/a.mp4"
     address = {**ROW, "video": (folder / ROW["video"]).as_uri().replace("videos", "%76ideos")}
     assert to_messages(address, folder) == to_messages(ROW, folder)
 
