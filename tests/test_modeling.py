@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
@@ -547,6 +547,22 @@ def test_attention_weights_are_given_for_text_and_announced_as_missing_with_visi
 def test_it_is_saved_under_the_names_of_its_state_dict(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_weights_under_their_published_names_are_loaded(model, tmp_path):
+    """`visual.*` and `model.*`, as Qwen2.5-VL was published before the library renamed them."""
+    published = {"model.visual.": "visual.", "model.language_model.": "model."}
+    weights = {}
+    for name, weight in model.state_dict().items():
+        for ours, theirs in published.items():
+            name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+        weights[name] = weight.clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
 
 
 # Refusals
