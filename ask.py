@@ -143,7 +143,7 @@ def read_config(model):
             f"convert_checkpoint.py {shlex.quote(base)} FOLDER, and give that folder"
         )
     if config.model_type != "videonsa":
-        raise ValueError(f"{base} is no VideoNSA but a model of type {config.model_type}")
+        raise ValueError(f"{base} is a {config.model_type} model, not a VideoNSA")
     return config, base
 
 

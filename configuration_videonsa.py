@@ -98,7 +98,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         self.validate_nsa()
 
     def validate_nsa(self):
-        """Raise ValueError where fields contradict each other or mean nothing.
+        """Raise ValueError where fields are invalid or inconsistent.
 
         Called at construction, by `validate` and when a model is made, after fields were set.
         """

@@ -1,4 +1,4 @@
-"""Evaluate VideoNSA on the benchmarks of lmms-eval, and keep a record that proves what ran.
+"""Evaluate VideoNSA on the benchmarks of lmms-eval, and keep a record of exactly what ran.
 
     python evaluation.py --model . --tasks clips
     python evaluation.py --model VideoNSA-7B --tasks mlvu_test,videomme --preset mlvu

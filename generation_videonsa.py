@@ -1,4 +1,4 @@
-"""What `generate` does otherwise for VideoNSA than for Qwen2.5-VL.
+"""How `generate` differs from Qwen2.5-VL's.
 
 - Positions are the model's own, after those of the cache (positions_videonsa.py).
 - Media that the cache has already are not read again when the whole conversation is passed.
@@ -92,12 +92,13 @@ class VideoNSAGenerationMixin(GenerationMixin):
         )
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """The library cuts a prompt before its media are encoded, or refuses to. So it is told of
-        no chunks, and the model gets their size: it encodes and reads chunk by chunk.
+        """Leaves reading in chunks to the model, which encodes the media chunk by chunk.
+
+        The library would cut the prompt before its media are encoded, or refuse to.
         """
         cache = cache_of(model_kwargs)
         if cache is None or not cache.get_seq_length():
-            is_first_iteration = True  # of an assistant too, which would lose its images otherwise
+            is_first_iteration = True  # an assistant (draft) model would lose its images
         size = generation_config.prefill_chunk_size
         if size is not None:
             generation_config = copy.copy(generation_config)

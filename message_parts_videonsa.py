@@ -3,8 +3,7 @@
 `read_messages` makes of each message a role and parts: {"type": "text", "text": ...}, {"type":
 "image", "image": ...} or {"type": "video", "video": ...}; media keep what else their part says of
 them. `plain_source` makes a path, an address or bytes of where a medium comes from. What cannot be
-read is refused by name, so that nothing vanishes from a prompt. No file is decoded here, and what a
-file is is told by its content.
+read is refused by name, so that nothing vanishes from a prompt. No file is opened here.
 
 Commands read their rows with it, too: it imports nothing of this package.
 """
@@ -55,7 +54,7 @@ def read_part(part) -> dict:
 
     A part of a medium may leave it out; it is then given beside the messages.
 
-    Raises ValueError for a part of an unknown type, and where it is not plain what it brings.
+    Raises ValueError for a part of an unknown type, and for one whose content is ambiguous.
     """
     if isinstance(part, str):
         return {"type": "text", "text": part}

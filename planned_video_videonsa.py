@@ -1,4 +1,4 @@
-"""One video of a call, from where it comes from to the frames of its plan.
+"""One video of a call, from its source to the sampled frames.
 
 `VideoPart` is a video with the settings of its message, not looked at yet. Planning opens it, once:
 `PlannedFile` holds the measured file, `PlannedFrames` the frames that were given, and both their
@@ -24,7 +24,9 @@ logger = logging.get_logger(__name__)
 
 
 class VideoPart:
-    """A video that is not planned yet. No dataclass: in messages, the library takes those apart.
+    """A video that is not planned yet.
+
+    No dataclass: the library turns a dataclass in a message into a dict.
 
     source: path, address, bytes, array or tensor [frames, ...], or list of frames.
     settings: what the message says of this video.

@@ -278,7 +278,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         return out
 
     def _sized(self, frames, planned):
-        """Yields each frame resized as it comes, so that large ones do not pile."""
+        """Yields each frame resized as it comes, so that full-size frames do not accumulate."""
         size = SizeDict(height=planned.plan.height, width=planned.plan.width)
         factor = self.patch_size * self.merge_size
         for frame in frames:

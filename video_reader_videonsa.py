@@ -28,7 +28,7 @@ HIGH_DYNAMIC_RANGE = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 
 
 class Remeasure(Exception):
-    """The file is not as it was measured. Its measures are right now: plan and read it again."""
+    """The file was not as measured; it has been measured again. Plan it and read it again."""
 
 
 class Clock:
@@ -158,9 +158,9 @@ class VideoFile:
     """A video file as PyAV decodes it, and the frames on screen at given times.
 
     duration: seconds from the first frame to the end of the last.  frames, rate: how many, per
-    second (of a file of changing rate: the mean).  height, width: pixels as they are to be shown,
-    upright and square.  in_order: true when seeking cannot be trusted and the file is decoded from
-    its start.
+    second (of a file of changing rate: the mean).  height, width: of the shown picture, after
+    rotation and with square pixels.  in_order: true when seeking cannot be trusted and the file is
+    decoded from its start.
 
     Raises ValueError for a file that is empty, not a video, without a picture track, damaged at its
     start or cut short, and for frames that are too large.

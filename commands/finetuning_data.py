@@ -212,12 +212,12 @@ class Conversations(Dataset):
         pieces = text.split(MARK)
         learned = [one.get("loss", True) for one in messages if one["role"] == "assistant"]
         if len(pieces) != 2 * len(learned) + 1:
-            raise ValueError(f"the text holds the character U+{ord(MARK):X}, which is none")
+            raise ValueError(f"the text holds U+{ord(MARK):X}, which is not a character: remove it")
         spans, end = [], 0
         for turn, is_learned in enumerate(learned):
             before, answer, after = pieces[2 * turn : 2 * turn + 3]
             if not (before.endswith(self.before_answer) and after.startswith(self.after_answer)):
-                raise ValueError("the chat template encloses this answer otherwise than others")
+                raise ValueError("the chat template wraps this answer differently from the others")
             start, end = end + len(before), end + len(before) + len(answer)
             if is_learned:
                 spans.append((start - len(self.before_answer), end + len(self.after_answer)))
@@ -250,7 +250,7 @@ class Conversations(Dataset):
             made = (item[f"{kind}_grid_thw"].prod(-1) // merged).tolist()
             planned = [tokens for own, tokens in prepared.media if own == kind]
             if made != planned:
-                raise ValueError(f"the {kind}s became {made} tokens, planned were {planned}")
+                raise ValueError(f"the {kind}s were planned as {planned} tokens, but became {made}")
         return item
 
 

@@ -78,7 +78,7 @@ def parse_row(row) -> list[dict]:
     given = {key: _decoded(key, value) for key, value in row.items()}
     row = {key: value for key, value in given.items() if not _is_empty(value)}
     if refused := sorted(REFUSED & row.keys()):
-        raise ValueError(f"the row has {', '.join(refused)}, which is not read: take it out")
+        raise ValueError(f"the row has {', '.join(refused)}, which is not supported: remove it")
     turns = _turns(row)
     media = {kind: _listed(row, kind, _count_tags(turns)) for kind in MEDIA}
     has_media = any(media.values())
@@ -87,7 +87,7 @@ def parse_row(row) -> list[dict]:
     _check_lost_media(messages, row, given)
     _set_for_one_video(messages, row)
     if not any(one["role"] == "assistant" and one.get("loss", True) for one in messages):
-        raise ValueError("no turn is an assistant's that is learned, so there is nothing to learn")
+        raise ValueError("no assistant's turn counts in the loss, so there is nothing to learn")
     return messages
 
 
@@ -193,7 +193,7 @@ def _message(turn, media, has_media):
         )
     known = {"role", "from", "content", "value", "loss", "weight", "train", "name", "id"}
     if unknown := sorted(turn.keys() - known):
-        raise ValueError(f"a turn has {', '.join(unknown)}, which is not read: take it out")
+        raise ValueError(f"a turn has {', '.join(unknown)}, which is not supported: remove it")
     content = content if isinstance(content, (list, tuple)) else [content]
     parts = [part for item in content for part in _parts(item, role, media, has_media)]
     if role == "assistant" and any(part["type"] != "text" for part in parts):
@@ -228,7 +228,9 @@ def _parts(item, role, media, has_media):
         return
     source = _take_source(part, kind)
     if kind == "image" and part:
-        raise ValueError(f"an image has {', '.join(sorted(part))}, which is not read: take it out")
+        raise ValueError(
+            f"an image has {', '.join(sorted(part))}, which is not supported: remove it"
+        )
     yield {"type": kind, **part, kind: _next(media, kind) if source is None else source}
 
 
@@ -339,7 +341,7 @@ def _check_lost_media(messages, row, given):
         noted = has_media and key.lower().endswith("name")  # beside the medium itself
         if FILE_KEY.fullmatch(key) and not noted and _looks_like_media(row[key]):
             raise ValueError(
-                f"the row has {key}, which is not read: media are {', '.join(MEDIA)} "
+                f"the row has {key}, which is not supported: media are {', '.join(MEDIA)} "
                 "or their plurals"
             )
     if has_media:

@@ -1,8 +1,8 @@
 """What fine-tuning writes and goes on from: checkpoints that are whole, and a result that loads.
 
-A checkpoint folder gets the file `COMPLETE` once all processes have written all of it; only then
-are older ones deleted and is it pushed. A run resumes from folders with that file, so one that was
-killed in the middle of a save goes on from the checkpoint before.
+A checkpoint folder gets the file `save_completed` once all processes have written all of it; only
+then are older ones deleted and is it pushed. A run resumes from folders with that file, so one that
+was killed in the middle of a save goes on from the checkpoint before.
 """
 
 import json
@@ -28,7 +28,7 @@ COMPLETE = "save_completed"
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Marks whole checkpoints, and deletes old ones and pushes in the Trainer's stead.
+    """Marks whole checkpoints, and deletes old ones and pushes instead of the Trainer.
 
     The Trainer does both before all processes have written their part of a checkpoint: its own
     settings for them are switched off here. repo_id: on the Hub, where checkpoints are pushed.

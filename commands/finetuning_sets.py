@@ -113,7 +113,7 @@ def _read_table(path, delimiter):
         rows = list(csv.DictReader(file, delimiter=delimiter))
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
-            raise ValueError(f"{path}: row {number} has not as many cells as the header.")
+            raise ValueError(f"{path}: row {number} and the header differ in their cells.")
     return [{key: value or None for key, value in row.items()} for row in rows]
 
 

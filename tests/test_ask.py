@@ -153,7 +153,7 @@ ERRORS = {
     "a stock model": (["five.mp4", "What?", "--model", "stock"], "convert_checkpoint.py stock FOL"),
     "another model": (
         ["five.mp4", "What?", "--model", "other"],
-        "other is no VideoNSA but a",
+        "other is a",
     ),
     "a huge picture": (["huge.png", "What?"], "huge.png is too large"),
 }

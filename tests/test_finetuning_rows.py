@@ -140,7 +140,7 @@ def test_settings_beside_a_video_are_the_videos():
         ({"video": "a.mp4", "messages": [TURNS[0], answer("red", loss=0.5)]}, "loss 0.5"),
         ({"video": "a.mp4", "messages": [TURNS[0], answer("red", loss=False)]}, "nothing to learn"),
         ({"video": "a.mp4", "messages": [*TURNS[:1], answer("red", tool_calls=[{"x": 1}])]},
-         "tool_calls, which is not read"),
+         "tool_calls, which is not supported"),
         ({"video_path": "a.mp4", "conversations": ROW["conversations"]}, "has video_path"),
         ({"video": "a.mp4", "image_path": "b.png", "messages": TURNS}, "has image_path"),
         ({"frames": ["1.jpg"], "messages": TURNS}, "has frames"),
@@ -237,7 +237,7 @@ def test_files_that_hold_no_rows_say_so(tmp_path):
     with pytest.raises(ValueError, match="neither a list of rows nor one row"):
         read_rows(str(tmp_path / "none.json"))
     (tmp_path / "short.csv").write_text("video,question,answer\na.mp4,What?\n")
-    with pytest.raises(ValueError, match="row 1 has not as many cells"):
+    with pytest.raises(ValueError, match="row 1 and the header differ"):
         read_rows(str(tmp_path / "short.csv"))
 
 

@@ -36,6 +36,12 @@ REPLACED = [
         "self inputs_tensor model_kwargs model_input_name generation_config",
         "5.24",
     ),
+    # processing_videonsa.py
+    (
+        "transformers.Qwen2VLVideoProcessor._standardize_kwargs",
+        "self size min_pixels max_pixels kwargs",
+        "5.17",
+    ),
     # configuration_videonsa.py
     ("transformers.Qwen2_5_VLTextConfig.convert_rope_params_to_dict", "self kwargs", "5.17"),
     # modeling_videonsa.py
@@ -79,6 +85,8 @@ CALLED = [
     (f"{QWEN}.Qwen2_5_VLModel.get_placeholder_mask", "input_ids inputs_embeds"),
     (f"{QWEN}.Qwen2_5_VLModel.get_video_features", "pixel_values_videos video_grid_thw"),
     (f"{QWEN}.Qwen2_5_VLModel.get_image_features", "pixel_values image_grid_thw"),
+    # processing_videonsa.py, past the resizing of its own parent
+    ("transformers.video_processing_utils.BaseVideoProcessor.resize", "image size resample"),
     # commands/finetuning_trainer.py, commands/finetuning_saving.py
     ("transformers.Trainer.save_model", "output_dir _internal_call"),
     ("transformers.Trainer.get_batch_samples", "epoch_iterator num_batches device"),
