@@ -63,17 +63,37 @@ def test_labels_are_the_assistants_turns_and_their_ends(processor, folder, templ
     assert torch.equal(labels[labels != -100], item["input_ids"][labels != -100])
 
 
-def test_labels_follow_a_template_of_other_words(processor, folder):
-    processor = copy.copy(processor)
-    processor.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{% for c in m.content %}{% if c.type == 'video' %}"
+def make_template(header, prompt):
+    return (
+        "{% for m in messages %}{{ '" + header + "' if m.role == 'assistant' else '[user]' }}"
+        "{% for c in m.content %}{% if c.type == 'video' %}"
         "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
         "{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{% if add_generation_prompt %}" + prompt + "{% endif %}"
     )
+
+
+@pytest.mark.parametrize(
+    ("header", "prompt", "learned"),
+    [
+        ("[assistant]", "[assistant]", "A shape moves.<|endoftext|>"),
+        # What the prompt for an answer does not give is learned with the answer.
+        ("[assistant]<no thoughts>", "[assistant]", "<no thoughts>A shape moves.<|endoftext|>"),
+    ],
+)
+def test_labels_follow_a_template_of_other_words(processor, folder, header, prompt, learned):
+    processor = copy.copy(processor)
+    processor.chat_template = make_template(header, prompt)
     data = Conversations([str(write_rows(folder / "one.jsonl", [ROW]))], processor)
     labels = data[0]["labels"]
-    assert processor.tokenizer.decode(labels[labels != -100]) == "A shape moves.<|endoftext|>"
+    assert processor.tokenizer.decode(labels[labels != -100]) == learned
+
+
+def test_a_template_that_prompts_otherwise_than_it_writes_is_refused(processor, folder):
+    processor = copy.copy(processor)
+    processor.chat_template = make_template("[assistant]", "[model]")
+    with pytest.raises(ValueError, match="prompts for an answer by .*model.* but writes"):
+        Conversations([str(write_rows(folder / "one.jsonl", [ROW]))], processor)
 
 
 def user_and_answer(content):
