@@ -71,6 +71,13 @@ class ImagePart:
         return picture.resize((width, height))
 
 
+def as_image_part(source, settings: dict) -> ImagePart:
+    """The image that a part of a message brings with these settings; it may have some already."""
+    if type(source).__name__ != "ImagePart":  # by name: the loader makes copies of this class
+        return ImagePart(source, settings)
+    return ImagePart(source.source, {**source.settings, **settings}) if settings else source
+
+
 def open_picture(source) -> Image.Image:
     """A picture of which only the header has been read.
 

@@ -29,7 +29,7 @@ from .message_parts_videonsa import (
 )
 from .pictures_videonsa import (
     IMAGE_SETTINGS,
-    ImagePart,
+    as_image_part,
     load_image_or_array,
     playable,
 )
@@ -482,7 +482,7 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             if kind not in part and unread:
                 raise ValueError(f"A part of type {kind!r} has no {kind}, but {', '.join(unread)}.")
             if kind in part:
-                bind = with_settings if kind == "video" else ImagePart
+                bind = with_settings if kind == "video" else as_image_part
                 media = {"type": kind, kind: bind(part[kind], settings)}
                 part.clear()
                 part |= media

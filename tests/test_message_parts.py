@@ -398,6 +398,14 @@ def test_what_a_message_says_of_its_image(processor, folder, caplog):
     assert not caplog.text
     take(processor, message({**image, "detail": "low", "max_pixels": 10**9}))
     assert "Not a setting of an image, ignored: detail" in caplog.text
+    messages = message({**image, "max_pixels": 28 * 56}, image, {**image, "min_pixels": 7056})
+    grids = take(processor, messages)["image_grid_thw"].tolist()
+    assert grids == [[1, 2, 2], [1, 4, 6], [1, 6, 8]]
+    for _ in range(2):  # as a budget is tried
+        messages, _ = processor.plan_videos(messages)
+        assert take(processor, messages)["image_grid_thw"].tolist() == grids
+    messages[0]["content"][0]["max_pixels"] = 10**4
+    assert take(processor, messages)["image_grid_thw"].tolist()[0] == [1, 4, 6]
     with pytest.raises(ValueError, match="resized_height or resized_width alone"):
         take(processor, message({**image, "resized_height": 84}))
     with pytest.raises(ValueError, match="max_pixels is nan"):
