@@ -167,7 +167,7 @@ def read_questions(conversation, pending):
             else:
                 say(f"give a path after {command}")
         elif command == "/help":
-            print(COMMANDS)
+            say(COMMANDS)  # stdout holds answers only
         elif command in ("/quit", "/exit"):
             return
         elif command == "/reset":
