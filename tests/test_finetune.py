@@ -426,7 +426,6 @@ def test_flags_that_reach_into_a_step_work_together(folder, tmp_path):
         include_num_input_tokens_seen="true", torch_empty_cache_steps=1, max_grad_norm=0,
         debug="underflow_overflow", logging_first_step=True, auto_find_batch_size=True,
         average_tokens_across_devices="false", train_sampling_strategy="sequential",
-        skip_memory_metrics="false",
     )  # fmt: skip
     assert len(losses(trainer)) == 2 and trainer.state.num_input_tokens_seen > 0
 

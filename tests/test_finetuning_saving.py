@@ -279,9 +279,7 @@ def names_in(folder):
 @pytest.mark.parametrize(
     ("settings", "whole"),
     [
-        ({}, True),
         ({"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}, True),
-        ({"lora_r": 2}, False),
         ({"lora_r": 2, "save_strategy": "steps", "save_steps": 1}, False),
         ({"lora_r": 2, "merge_lora": True}, True),
         ({"lora_r": 2, "merge_lora": True, "save_strategy": "steps", "save_steps": 1}, True),
