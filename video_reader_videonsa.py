@@ -51,10 +51,13 @@ class Clock:
         self.last, self.end, self.offset, self.joins = None, 0.0, 0.0, []
 
     def seconds(self, packet) -> float | None:
-        stamp = packet.dts if packet.pts is None else packet.pts
+        stamp, decoded = packet.pts, packet.dts
+        if stamp is None:
+            stamp = decoded
         if stamp is None:
             return None
-        decoded = stamp if packet.dts is None else packet.dts
+        if decoded is None:
+            decoded = stamp
         time = (stamp - self.start) * self.tick + self.offset
         if self.last is not None:
             step = (decoded - self.last) * self.tick
@@ -63,7 +66,9 @@ class Clock:
                 time = self.end
                 self.joins.append(time)
         self.last = decoded
-        self.end = max(self.end, time + ((packet.duration or 0) * self.tick or self.interval))
+        end = time + ((packet.duration or 0) * self.tick or self.interval)
+        if end > self.end:
+            self.end = end
         return time
 
 
