@@ -14,12 +14,12 @@ is skipped. docs/training.md lists all that is taken.
 """
 
 import json
-import os
 import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from PIL import Image
+
+from message_parts_videonsa import plain_source, read_part
 
 MEDIA = ("image", "video")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -43,8 +43,6 @@ FILE_KEY = re.compile(
     r"|paths?|urls?)",
     re.I,
 )
-KINDS = {"text": "text", "input_text": "text", "output_text": "text"}
-KINDS |= {name: kind for kind in MEDIA for name in (kind, f"{kind}_url", f"input_{kind}")}
 # A medium's place in a text, also as LLaVA and Qwen's own template write it.
 TAG = re.compile(
     r"\s*(?:<(image|video)>|<\|vision_start\|><\|(image|video)_pad\|><\|vision_end\|>)\s*", re.I
@@ -220,47 +218,18 @@ def _parts(item, role, media, has_media):
         return
     if not isinstance(item, dict):
         raise ValueError(f"a turn has text and parts, not {_short(item)}")
-    part = {key: value for key, value in item.items() if not _is_empty(value)}
-    kind = _kind(part, item)
+    part = read_part({key: value for key, value in item.items() if not _is_empty(value)})
+    kind = part.pop("type")
     if kind == "text":
         has_media = has_media and any(media.values())
         yield from _split(str(part.get("text", "")), role, media, has_media)
         return
-    source = _take_source(part, kind)
+    source = part.pop(kind, None)
     if kind == "image" and part:
         raise ValueError(
             f"an image has {', '.join(sorted(part))}, which is not supported: remove it"
         )
     yield {"type": kind, **part, kind: _next(media, kind) if source is None else source}
-
-
-def _kind(part, item):
-    """Takes the type of a part out of it, or tells it by its keys."""
-    name = part.pop("type", None)
-    if name is None:
-        names = [key for key in part if key in KINDS]
-        name = names[0] if len(names) == 1 else None
-    if name not in KINDS:
-        raise ValueError(f"a part is a text, image or video, not {_short(item)}")
-    return KINDS[name]
-
-
-def _take_source(part, kind):
-    """Takes out of a part where its medium comes from; None where the row lists it elsewhere."""
-    names = [name for name in (kind, f"{kind}_url", f"input_{kind}", "path", "url") if name in part]
-    if not names:
-        return None
-    if len(names) > 1:
-        raise ValueError(f"a part has {' and '.join(names)}: one of them is its {kind}")
-    source = part.pop(names[0])
-    if isinstance(source, dict) and "url" in source:  # OpenAI's form
-        source = {name: value for name, value in source.items() if value is not None}
-        address = source.pop("url")
-        if source.get("detail") == "auto":
-            del source["detail"]
-        part |= source
-        return address
-    return source
 
 
 def _split(text, role, media, has_media):
@@ -396,17 +365,8 @@ def _located(source, folder):
     """A medium as the processor takes it, its path from `folder`: a file or a folder of frames."""
     if isinstance(source, (list, tuple)):
         return [_located(frame, folder) for frame in source]
-    if isinstance(source, dict):  # as `datasets` stores them
-        found = [source[key] for key in ("bytes", "path", "url") if source.get(key)]
-        if not found:
-            raise ValueError(f"a medium has neither bytes nor a path or url: {_short(source)}")
-        source = found[0]
-    if not isinstance(source, (str, os.PathLike)):
-        return source
-    source = os.fspath(source)
-    if source.startswith("file://"):
-        source = unquote(urlsplit(source).path)
-    if "://" in source or source.startswith("data:"):
+    source = plain_source(source)
+    if not isinstance(source, str) or "://" in source:
         return source
     path = Path(folder, source)
     if not path.exists():
