@@ -32,6 +32,9 @@ SIGNATURES = re.compile(
     re.DOTALL,
 )
 
+# Formats that may hold a sequence to be played; the several pictures of others (MPO, TIFF) are not.
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+
 
 def read_messages(conversation) -> list[dict]:
     """The messages of one conversation, copied: {"role": ..., "content": text or list of parts}.
@@ -136,6 +139,11 @@ def is_picture(source) -> bool:
         with open(source, "rb") as file:
             source = file.read(16)
     return SIGNATURES.match(source) is not None
+
+
+def is_animated(picture) -> bool:
+    """Whether a picture that Pillow has opened is a sequence to be played."""
+    return picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1
 
 
 def frames_in_folder(folder) -> list[str]:

@@ -14,14 +14,18 @@ from PIL import Image, ImageOps
 from transformers.image_utils import load_image
 from transformers.utils import logging
 
-from .message_parts_videonsa import describe_source, is_address, is_picture, plain_source
+from .message_parts_videonsa import (
+    describe_source,
+    is_address,
+    is_animated,
+    is_picture,
+    plain_source,
+)
 from .video_plan_videonsa import check_frame_size, fit_size
 from .video_settings_videonsa import read_setting
 
 logger = logging.get_logger(__name__)
 
-# Formats that may hold a sequence to be played; the several pictures of others (MPO, TIFF) are not.
-ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 # Pillow runs another program for EPS, and takes MPEG recordings for pictures that it cannot load.
 NO_PICTURES = ("EPS", "MPEG")
 # What a message may say of an image, as in qwen-vl-utils.
@@ -137,11 +141,6 @@ def load_image_or_array(source):
     if isinstance(source, np.ndarray):
         return np.ascontiguousarray(source)  # a view that runs backwards is no tensor
     return source if isinstance(source, torch.Tensor) else load_picture(source)
-
-
-def is_animated(picture: Image.Image) -> bool:
-    """Whether an opened picture is a sequence to be played."""
-    return picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1
 
 
 def playable(source):

@@ -25,6 +25,7 @@ MATRICES = {1: 1, 4: 4, 7: 7, 9: 9, 10: 9}
 BT601, LIMITED_RANGE, FULL_RANGE = 5, 1, 2
 SEGMENT = bytes.fromhex("18538067")  # begins what a Matroska file holds; its size follows
 HIGH_DYNAMIC_RANGE = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
+WIDE_GAMUT = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}  # AVColorPrimaries
 
 
 class Remeasure(Exception):
@@ -231,11 +232,16 @@ class VideoFile:
         self.height, self.width = first.height, max(1, round(first.width * aspect))
         if self.quarter_turns % 2:
             self.height, self.width = self.width, self.height
-        transfer = HIGH_DYNAMIC_RANGE.get(int(self.stream.codec_context.color_trc or 0))
-        if transfer is not None:
+        codec = self.stream.codec_context
+        colours = None
+        if transfer := HIGH_DYNAMIC_RANGE.get(int(codec.color_trc or 0)):
+            colours = f"HDR ({transfer})"
+        elif gamut := WIDE_GAMUT.get(int(codec.color_primaries or 0)):
+            colours = f"of a wide gamut ({gamut})"
+        if colours is not None:
             logger.warning_once(
-                f"{self.name}: its colours are HDR ({transfer}) and are read as they are stored, "
-                "paler than they are shown; convert it to SDR (BT.709) for its true colours."
+                f"{self.name}: its colours are {colours} and are read as they are stored, paler "
+                "than they are shown; convert it to SDR (BT.709) for its true colours."
             )
 
     def __enter__(self):

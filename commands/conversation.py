@@ -19,12 +19,10 @@ import torch
 from PIL import Image
 from transformers import TextStreamer
 
-from message_parts_videonsa import is_address, is_picture, plain_source
+from message_parts_videonsa import is_address, is_animated, is_picture, plain_source
 
 ANSWER = "<answer>"  # stands for an earlier answer where a template is rendered around it
 MARGIN = 1.1  # a forecast this much above the memory there is does not fit for sure
-# Formats of pictures that may move; the several pictures of others (MPO, TIFF) do not.
-MOVING = ("GIF", "WEBP", "PNG", "AVIF")
 MOST_BYTES = 256 << 20  # of a picture that is fetched
 REMEDY = "take less of the videos with --max-tokens, --max-frames, --fps or --max-pixels"
 
@@ -231,7 +229,7 @@ def moves(source):
     """Whether a picture, by its path or bytes, is a sequence to be played."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-            return picture.format in MOVING and getattr(picture, "n_frames", 1) > 1
+            return is_animated(picture)
     except (OSError, Image.DecompressionBombError):
         return False  # loading it will say what is wrong
 

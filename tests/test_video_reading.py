@@ -404,13 +404,27 @@ def test_colours_are_read_as_they_were_stored(folder, matrix, full):
         assert np.abs(image[corner] - colour).max() <= 4
 
 
-@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
-def test_colours_that_are_not_mapped_are_said_once(folder, caplog, transfer, name):
-    path = clips.write_clip(folder / f"hdr{transfer}.mp4", 10, context={"color_trc": transfer})
+@pytest.mark.parametrize(
+    ("context", "what"),
+    [
+        ({"color_trc": 16, "color_primaries": 9}, "HDR (PQ)"),
+        ({"color_trc": 18}, "HDR (HLG)"),
+        ({"color_primaries": 9}, "of a wide gamut (BT.2020)"),
+        ({"color_primaries": 12}, "of a wide gamut (Display P3)"),
+    ],
+)
+def test_colours_that_are_not_mapped_are_said_once(tmp_path, caplog, context, what):
+    path = clips.write_clip(tmp_path / f"{what}.mp4", 10, context=context)
     for _ in range(2):
         VideoFile(str(path)).close()
-    said = [line for line in caplog.messages if "HDR" in line]
-    assert len(said) == 1 and f"hdr{transfer}.mp4: its colours are HDR ({name})" in said[0]
+    said = [line for line in caplog.messages if "its colours are" in line]
+    assert len(said) == 1 and f"{what}.mp4: its colours are {what} and are read" in said[0]
+
+
+def test_ordinary_colours_are_not_spoken_of(tmp_path, caplog):
+    tags = {"color_trc": 1, "color_primaries": 1, "colorspace": 1}
+    VideoFile(str(clips.write_clip(tmp_path / "plain.mp4", 10, context=tags))).close()
+    assert not caplog.messages
 
 
 def test_pixels_that_are_not_square_are_shown_as_they_look(processor, folder):
