@@ -123,29 +123,33 @@ def find_checkpoint(wanted: str | None, output_dir: str) -> Path | None:
     """The folder that --resume_from_checkpoint means; None to start from the beginning.
 
     wanted: a folder, or "last" (or "true") for the last whole checkpoint of `output_dir`, if any.
-    Raises ValueError for a folder that was not completely saved, or without an optimizer's state.
+    Raises ValueError for a folder that was not completely saved, and either way for one without an
+    optimizer's state: the Trainer would start the optimizer and the schedule anew.
     """
     if wanted is None:
         return None
     whole = whole_checkpoints(output_dir)
     if wanted in ("last", "true", "True"):
-        folder = whole[-1] if whole else None
-        logger.warning(f"Resuming from {folder}." if folder else "Starting from scratch.")
-        return folder
-    folder = Path(wanted)
-    last = f" The last whole checkpoint of {output_dir} is {whole[-1]}." if whole else ""
-    if not folder.is_dir():
-        raise ValueError(f"--resume_from_checkpoint {wanted}: there is no such folder.{last}")
-    if not (folder / COMPLETE).exists():
-        raise ValueError(
-            f"{folder} was not completely saved: it has no file {COMPLETE}, which is written last."
-            f"{last} If you know that it is whole, make that file."
-        )
+        if not whole:
+            logger.warning("Starting from scratch.")
+            return None
+        folder = whole[-1]
+    else:
+        folder = Path(wanted)
+        last = f" The last whole checkpoint of {output_dir} is {whole[-1]}." if whole else ""
+        if not folder.is_dir():
+            raise ValueError(f"--resume_from_checkpoint {wanted}: there is no such folder.{last}")
+        if not (folder / COMPLETE).exists():
+            raise ValueError(
+                f"{folder} was not completely saved: it has no file {COMPLETE}, which is written "
+                f"last.{last} If you know that it is whole, make that file."
+            )
     if not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*")):
         raise ValueError(
             f"{folder} has no state of the optimizer (--save_only_model leaves it out), so a run "
             "cannot go on from it. To start anew from its weights, give it as --model_name_or_path."
         )
+    logger.warning(f"Resuming from {folder}.")
     return folder
 
 

@@ -110,6 +110,9 @@ def test_a_run_resumes_from_what_can_be_resumed(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             find_checkpoint(tmp_path / f"checkpoint-{step}", tmp_path)
+    make_checkpoint(tmp_path, 12, COMPLETE)
+    with pytest.raises(ValueError, match="checkpoint-12 has no state of the optimizer"):
+        find_checkpoint("last", tmp_path)
 
 
 @pytest.mark.parametrize(
