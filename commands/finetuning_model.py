@@ -7,6 +7,7 @@ lets processes that share sharded parameters stay in step, whatever media their 
 
 import functools
 import os
+import re
 
 import torch
 from transformers import AutoModelForImageTextToText
@@ -62,8 +63,6 @@ def choose_trained(model, model_args, args):
 def add_adapters(model, model_args, parts):
     import peft
 
-    stems = {"llm": r"language_model\.layers", "vision": r"visual\.blocks"}
-    stems = "|".join(stem for part, stem in stems.items() if part in parts)
     names = model_args.lora_modules.replace(" ", "").split(",")
     own = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     if unknown := [name for name in names if name not in own]:
@@ -72,13 +71,25 @@ def add_adapters(model, model_args, parts):
             "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, and in its vision "
             "tower qkv and proj."
         )
-    modules = "|".join(names)
+    stems = {"llm": r"language_model\.layers", "vision": r"visual\.blocks"}
+    patterns = {
+        part: rf".*{stem}\.\d+\.(.*\.)?({'|'.join(names)})"
+        for part, stem in stems.items()
+        if part in parts
+    }
+    for part, pattern in patterns.items():
+        if not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
+            raise ValueError(
+                f"--train names {part}, but --lora_modules {model_args.lora_modules} has no module "
+                "of it, and it would not train. Add one (the llm has q_proj, the vision tower "
+                f"qkv), or leave {part} out of --train."
+            )
     whole = {"gates": ["g_proj_1", "g_proj_2"], "merger": ["merger"]}
     config = peft.LoraConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha or 2 * model_args.lora_r,
         lora_dropout=model_args.lora_dropout,
-        target_modules=rf".*({stems})\.\d+\.(.*\.)?({modules})",
+        target_modules="|".join(patterns.values()),
         modules_to_save=[name for part in PARTS if part in parts for name in whole.get(part, [])],
         revision=model_args.model_revision,
     )

@@ -352,6 +352,8 @@ def test_settings_come_from_a_file_and_flags_override_it(folder, tmp_path):
         ({"lora_modules": "q_proj"}, "--lora_modules q_proj without"),
         ({"lora_r": 4, "lora_alpha": 0}, "--lora_alpha 0.0: a rank is"),
         ({"lora_r": 4, "lora_modules": "q_proj,k_poj"}, "names k_poj"),
+        ({"lora_r": 4, "train": "llm,vision", "lora_modules": "q_proj"}, "--train names vision"),
+        ({"lora_r": 4, "train": "llm,vision", "lora_modules": "qkv"}, "--train names llm"),
         ({"lora_r": 4, "fsdp_config": '{"activation_checkpointing": true}', "fsdp": True},
          "--gradient_checkpointing instead"),
         ({"train": "llm", "gate_lr": 1e-3}, "--gate_lr 0.001, but --train is 'llm'"),
