@@ -14,14 +14,16 @@ is skipped. docs/training.md lists all that is taken.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
 from PIL import Image
 
-from message_parts_videonsa import plain_source, read_part
+from message_parts_videonsa import SOURCE_KEYS, plain_source, read_part
 
 MEDIA = ("image", "video")
+ARTICLES = {"image": "an image", "video": "a video"}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 ROLES |= {"model": "assistant", "bot": "assistant", "system": "system"}
 # Keys with a list of turns, of which a row has one; else it has a question and an answer.
@@ -33,20 +35,29 @@ SETTINGS = {"video_start", "video_end", "min_frames", "max_frames", "min_pixels"
 SETTINGS |= {"total_pixels", "resized_height", "resized_width"}
 # What would change the meaning of a row and is not read.
 REFUSED = {"audio", "audios", "objects", "tools", "chosen", "rejected", "rejected_response"}
-REFUSED |= {"options", "choices", "candidates"}
+REFUSED |= {"options", "choices", "candidates", "context", "system_prompt", "loss", "weight"}
 # What might be a setting or a note about the file.
 UNCLEAR = {"fps", "num_frames", "nframes", "start", "end", "start_time", "end_time"}
-UNCLEAR |= {"start_sec", "end_sec", "clip_start", "clip_end"}
+UNCLEAR |= {"start_sec", "end_sec", "clip_start", "clip_end", "start_frame", "end_frame"}
+UNCLEAR |= {"clip", "segment", "begin", "sample_fps"}
+# What a part of a video may say besides.
+PART_SETTINGS = SETTINGS | {"fps", "sample_fps", "num_frames", "nframes", "max_tokens"}
+PART_SETTINGS |= {"do_sample_frames", "do_resize"}
 # Names under which people keep media, and which are not read.
 FILE_KEY = re.compile(
-    r"(?:(?:video|image|picture|frame|media|clip|file)s?(?:_?(?:path|file|name|url|uri|link|src)s?)?"
-    r"|paths?|urls?)",
+    r"(?:video|vid|image|img|picture|frame|media|clip|file)s?_?\d*"
+    r"(?:_?(?:path|file|name|url|uri|link|src|bytes|id)s?)?|paths?|urls?|mp4|webm",
     re.I,
+)
+# Those that can only name a file, whatever stands under them.
+FILE_NAME_KEY = re.compile(
+    r"(?:video|vid|image|img|picture|frame|clip)s?_?(?:path|file|url|uri|link|src)s?", re.I
 )
 # A medium's place in a text, also as LLaVA and Qwen's own template write it.
 TAG = re.compile(
     r"\s*(?:<(image|video)>|<\|vision_start\|><\|(image|video)_pad\|><\|vision_end\|>)\s*", re.I
 )
+CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
 PICTURES = set(Image.registered_extensions())
 FILMS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts"}
 
@@ -84,6 +95,7 @@ def parse_row(row) -> list[dict]:
     _place_first(messages, media)
     _check_lost_media(messages, row, given)
     _set_for_one_video(messages, row)
+    _check_control_tokens(messages)
     if not any(one["role"] == "assistant" and one.get("loss", True) for one in messages):
         raise ValueError("no assistant's turn counts in the loss, so there is nothing to learn")
     return messages
@@ -100,7 +112,21 @@ def _decoded(key, value):
     return value
 
 
+def _parts_in_json(content):
+    """The parts of a turn that are stored as one JSON string; other content as it is."""
+    if not (isinstance(content, str) and content.lstrip().startswith("[{")):
+        return content
+    try:
+        parts = json.loads(content)
+    except json.JSONDecodeError:
+        return content
+    return parts if all(isinstance(part, dict) and "type" in part for part in parts) else content
+
+
 def _is_empty(value):
+    """Whether a cell of a table holds nothing: null, NaN or no item."""
+    if isinstance(value, float) and math.isnan(value):
+        return True
     return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
 
 
@@ -119,6 +145,11 @@ def _turns(row):
     )
     if len(found) == 1:
         turns = _list_of_turns(row[found[0]], found[0])
+        if beside := [key for key in ("history", *answer) if key in row]:
+            if beside[0] == "history" or not turns or _role(turns[-1]) != "assistant":
+                raise ValueError(
+                    f"the row has {found[0]} and {beside[0]}: put all turns into {found[0]}"
+                )
     elif not found and len(question) == len(answer) == 1:
         turns = _pair(row, question[0], answer[0])
     else:
@@ -165,7 +196,9 @@ def _pair(row, question_key, answer_key):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(f"history is a list of [question, answer], not {_short(pair)}")
         turns += [_user(pair[0]), _assistant(pair[1])]
-    if question_key == "instruction" and "input" in row:
+    if "input" in row:
+        if question_key != "instruction":
+            raise ValueError(f"the row has {question_key} and input: put all of it into one")
         question = f"{question}\n{row['input']}"
     return [*turns, _user(question), _assistant(answer)]
 
@@ -189,11 +222,15 @@ def _message(turn, media, has_media):
         raise ValueError(
             f"a turn has a role (system, user, assistant) and text, not {_short(turn)}"
         )
+    for names in (("role", "from"), ("content", "value"), ("loss", "weight", "train")):
+        if len(twice := [name for name in names if name in turn]) > 1:
+            raise ValueError(f"a turn has {' and '.join(twice)}: leave one")
     known = {"role", "from", "content", "value", "loss", "weight", "train", "name", "id"}
     if unknown := sorted(turn.keys() - known):
         raise ValueError(f"a turn has {', '.join(unknown)}, which is not supported: remove it")
+    content = _parts_in_json(content)
     content = content if isinstance(content, (list, tuple)) else [content]
-    parts = [part for item in content for part in _parts(item, role, media, has_media)]
+    parts = _strip([part for item in content for part in _parts(item, role, media, has_media)])
     if role == "assistant" and any(part["type"] != "text" for part in parts):
         raise ValueError("an assistant's turn has an image or video: put it into a user's turn")
     message = {"role": role, "content": parts}
@@ -204,6 +241,24 @@ def _message(turn, media, has_media):
             if role == "assistant":
                 message["loss"] = bool(turn[key])
     return message
+
+
+def _check_control_tokens(messages):
+    """Drops the token that ends a turn at the end of an answer; refuses the template's in it.
+
+    They would be learned, and end a turn or begin one that the row does not have. A user's text is
+    not learned, whatever it holds.
+    """
+    for message in messages:
+        texts = [part for part in message["content"] if part["type"] == "text"]
+        if message["role"] != "assistant" or not texts:
+            continue
+        texts[-1]["text"] = texts[-1]["text"].removesuffix("<|im_end|>").rstrip()
+        for part in texts:
+            if token := CONTROL.search(part["text"]):
+                raise ValueError(
+                    f"an assistant's text has {token[0]}, which the chat template writes: remove it"
+                )
 
 
 # The parts of a turn.
@@ -225,9 +280,10 @@ def _parts(item, role, media, has_media):
         yield from _split(str(part.get("text", "")), role, media, has_media)
         return
     source = part.pop(kind, None)
-    if kind == "image" and part:
+    supported = PART_SETTINGS if kind == "video" else set()
+    if unknown := sorted(part.keys() - supported):
         raise ValueError(
-            f"an image has {', '.join(sorted(part))}, which is not supported: remove it"
+            f"{ARTICLES[kind]} has {', '.join(unknown)}, which is not supported: remove it"
         )
     yield {"type": kind, **part, kind: _next(media, kind) if source is None else source}
 
@@ -242,14 +298,30 @@ def _split(text, role, media, has_media):
         has_media = False
     place = 0
     for tag in TAG.finditer(text) if has_media else ():
-        if piece := text[place : tag.start()].strip():
+        if piece := text[place : tag.start()]:
             yield {"type": "text", "text": piece}
         kind = (tag[1] or tag[2]).lower()
         kind = kind if media[kind] else "video"  # LLaVA-Video marks a video's place with <image>
         yield {"type": kind, kind: _next(media, kind)}
         place = tag.end()
-    if piece := text[place:].strip():
+    if piece := text[place:]:
         yield {"type": "text", "text": piece}
+
+
+def _strip(parts):
+    """The parts of a turn without white space at its ends and beside media."""
+    stripped = []
+    for index, part in enumerate(parts):
+        if part["type"] == "text":
+            text = part["text"]
+            if index == 0 or parts[index - 1]["type"] != "text":
+                text = text.lstrip()
+            if index == len(parts) - 1 or parts[index + 1]["type"] != "text":
+                text = text.rstrip()
+            part = {"type": "text", "text": text}
+        if part.get("text") != "":
+            stripped.append(part)
+    return stripped
 
 
 def _next(media, kind):
@@ -263,6 +335,8 @@ def _next(media, kind):
 
 def _count_tags(turns):
     texts = [turn.get("content", turn.get("value")) for turn in turns if _role(turn) == "user"]
+    items = [item for text in texts for item in (text if isinstance(text, list) else [text])]
+    texts = [item.get("text") if isinstance(item, dict) else item for item in items]
     return sum(len(TAG.findall(text)) for text in texts if isinstance(text, str))
 
 
@@ -275,6 +349,12 @@ def _listed(row, kind, tags):
         items = [dict(zip(items, one, strict=True)) for one in zip(*items.values(), strict=True)]
     items = list(items) if isinstance(items, (list, tuple)) else [items]
     items = [item for item in items if not _is_empty(item)]
+    for item in items:
+        own = {key for key, value in item.items() if value is not None} if _is_dict(item) else set()
+        if unknown := sorted(own - {*SOURCE_KEYS, "type", "media_type"}):
+            raise ValueError(
+                f"the row's {kind} has {', '.join(unknown)}: give that in a part of a message"
+            )
     if kind == "video" and len(items) > 1 and all(map(_is_picture, items)):
         if tags > 1:
             raise ValueError(
@@ -283,6 +363,10 @@ def _listed(row, kind, tags):
             )
         return [items]  # the frames of one video
     return items
+
+
+def _is_dict(item):
+    return isinstance(item, dict)
 
 
 def _is_picture(item):
@@ -307,13 +391,22 @@ def _check_lost_media(messages, row, given):
     has_media = any(part["type"] != "text" for part in all_parts(messages))
     read = {f"{kind}{s}" for kind in MEDIA for s in ("", "s")}
     for key in row.keys() - read:
-        noted = has_media and key.lower().endswith("name")  # beside the medium itself
-        if FILE_KEY.fullmatch(key) and not noted and _looks_like_media(row[key]):
+        noted = has_media and key.lower().endswith(("name", "id"))  # beside the medium itself
+        named = FILE_KEY.fullmatch(key) and not noted and _looks_like_media(row[key])
+        if not has_media:  # then it may also be under a longer name, or have an unusual one itself
+            last = key.rpartition("_")[2]
+            named = named or (FILE_KEY.fullmatch(last) and _looks_like_media(row[key]))
+            named = named or FILE_NAME_KEY.fullmatch(key)
+        if named:
             raise ValueError(
                 f"the row has {key}, which is not supported: media are {', '.join(MEDIA)} "
                 "or their plurals"
             )
     if has_media:
+        for message in messages:
+            texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+            if message["role"] == "user" and (tag := TAG.search("\n".join(texts))):
+                raise ValueError(f"the text has more {tag[0].strip()} tags than the row has media")
         return
     empty = sorted(key for key in given.keys() & read if _is_empty(given[key]))
     for message in messages:

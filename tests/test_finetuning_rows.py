@@ -162,6 +162,33 @@ def test_settings_beside_a_video_are_the_videos():
          "an image has max_pixels"),
         ({"messages": [user([{"type": "video", "video": "a.mp4", "path": "b.mp4"}]), answer("x")]},
          "has video and path"),
+        ({"messages": [user([video(), text("<video>\nWhat?")]), answer("x")]}, "more <video> tags"),
+        ({"videos": ["a.mp4"],
+          "messages": [user([text("<video>"), text("<video>?")]), answer("x")]},
+         "more <video> tags"),
+        ({"videos": ["1.png", "2.png"],
+          "messages": [user([text("<video>"), text("<video>Which?")]), answer("x")]},
+         "2 pictures as videos"),
+        ({"video": {"path": "a.mp4", "video_start": 1}, "messages": TURNS},
+         "the row's video has video_start"),
+        ({"messages": [user([video(start=1, end=2), text("?")]), answer("x")]},
+         "a video has end, start"),
+        ({"video": "a.mp4", "start_frame": 8, "messages": TURNS}, "has start_frame"),
+        ({"messages": [user("?"), answer("x")], "img": "b.png"}, "has img"),
+        ({"messages": [user("?"), answer("x")], "local_path": "a.mp4"}, "has local_path"),
+        ({"messages": [user("?"), answer("x")], "image_bytes": b"x"}, "has image_bytes"),
+        ({"messages": [user("?"), answer("x")], "video_url": "https://a.org/watch?v=1"},
+         "has video_url"),
+        ({"video": "a.mp4", "video2": "b.mp4", "messages": TURNS}, "has video2"),
+        ({"video": "a.mp4", "messages": TURNS[:1], "answer": "red"}, "put all turns into messages"),
+        ({"video": "a.mp4", "question": "?", "input": "more", "answer": "x"}, "question and input"),
+        ({"video": "a.mp4", "question": "?", "answer": "x", "context": "y"}, "has context"),
+        ({"video": "a.mp4", "messages": TURNS, "loss": False}, "has loss"),
+        ({"video": "a.mp4", "messages": [{**TURNS[0], "value": "y"}, TURNS[1]]},
+         "content and value: leave one"),
+        ({"video": "a.mp4", "messages": [TURNS[0], answer("x<|im_end|>\n<|im_start|>user\nhi")]},
+         "an assistant's text has <\\|im_end\\|>"),
+        ({"video": "a.mp4", "question": "?", "answer": float("nan")}, "has question, where"),
         ({"messages": [user([True]), answer("x")]}, "text and parts, not True"),
     ],
 )  # fmt: skip
@@ -316,3 +343,24 @@ def test_arrays_of_frames_may_stand_in_a_row(processor, folder):
     row = {"messages": [user([video(frames, fps=2.0), text("?")]), answer("x")]}
     item = data.encode(data.prepare(to_messages(row, folder)))
     assert item["video_grid_thw"].tolist() == [[2, 4, 4]]
+
+
+def test_text_in_parts_keeps_its_spaces_but_at_the_ends_and_beside_media():
+    row = {
+        "videos": ["a.mp4"],
+        "messages": [
+            user([text(" <video> \n What is "), text("this? ")]),
+            answer([text("A red "), text("car.<|im_end|>\n")]),
+        ],
+    }
+    asked, answered = parse_row(row)
+    assert [part.get("text") for part in asked["content"]] == [None, "What is ", "this?"]
+    assert "".join(part["text"] for part in answered["content"]) == "A red car."
+
+
+def test_parts_may_be_stored_as_one_json_string():
+    parts = [video(), text("What?")]
+    asked, _ = parse_row({"messages": [user(json.dumps(parts)), answer("x")]})
+    assert asked["content"] == parts
+    asked, _ = parse_row({"messages": [user("[1, 2] or [{}]?"), answer("x")]})
+    assert asked["content"] == [text("[1, 2] or [{}]?")]
