@@ -115,17 +115,19 @@ def open_picture(source) -> Image.Image:
 
 
 def load_picture(source) -> Image.Image:
-    """A picture from any source, upright, RGB, as transformers' `load_image` makes it."""
+    """A picture from any source, upright, RGB, as transformers' `load_image` makes it.
+
+    Raises ValueError for one that `open_picture` refuses, is damaged, or has no 8 bits a channel.
+    """
     picture = open_picture(source)
-    if picture is source or picture.format is None:  # given, or converted when it was fetched
-        return picture
     name = describe_source(source)
-    if picture.mode == "F":
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        kind = "floating-point numbers" if picture.mode == "F" else "numbers of more than 8 bits"
         raise ValueError(
-            f"The image {name} holds floating-point numbers, whose black and white are not known: "
-            "save it with 8 bits first."
+            f"The image {name} holds {kind} (mode {picture.mode}), whose black and white are not "
+            "known: convert it to 8 bits first."
         )
-    if is_animated(picture):
+    if picture is not source and is_animated(picture):
         logger.warning_once(
             f"{name} holds {picture.n_frames} pictures, of which an image is the first; give it as "
             "a video for all of them."

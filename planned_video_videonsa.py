@@ -275,7 +275,7 @@ def _frame(item):
     """One frame, [height, width, 3] or as an array has it."""
     if isinstance(item, (np.ndarray, torch.Tensor)):
         return as_tensor(item)
-    return torch.from_numpy(np.array(load_picture(item).convert("RGB")))
+    return torch.from_numpy(np.array(load_picture(item)))
 
 
 def _is_own(item):

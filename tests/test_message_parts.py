@@ -440,6 +440,43 @@ def test_a_huge_picture_is_refused_by_its_header(processor, tmp_path, header):
             take(processor, message(part))
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_pictures_without_8_bits_are_refused(processor, tmp_path, dtype):
+    grey = clips.frame_image(3, 56, 84)[..., 0]
+    picture = Image.fromarray(grey.astype(dtype) * 257)
+    sources = [picture]
+    for suffix in ("tiff", "png"):
+        if suffix == "tiff" or dtype == np.uint16:
+            sources.append(str(tmp_path / f"grey.{suffix}"))
+            picture.save(sources[-1])
+    for source in sources:
+        frames = {"type": "video", "video": [source, source]}
+        for part in ({"type": "image", "image": source}, frames):
+            with pytest.raises(ValueError, match=rf"mode {picture.mode}.* convert it to 8 bits"):
+                take(processor, message(part), fps=2.0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_open_pictures_are_turned_as_their_files_are(processor, tmp_path, orientation):
+    path, exif = tmp_path / "phone.jpg", Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(clips.frame_image(3, 56, 84)).save(path, exif=exif)
+    expected = take(processor, message({"type": "image", "image": str(path)}))
+    for copied in (False, True):
+        with Image.open(path) as picture:
+            given = picture.copy() if copied else picture
+            assert_same(processor, message({"type": "image", "image": given}), expected)
+            frames = frames_of_part(processor, [given, given])
+        np.testing.assert_array_equal(frames, frames_of_part(processor, [str(path)] * 2))
+        assert frames.shape[1:3] == ((56, 84) if orientation < 5 else (84, 56))
+
+
+def frames_of_part(processor, video):
+    return frames_of(
+        processor, take(processor, message({"type": "video", "video": video}), fps=2.0)
+    )
+
+
 def test_pictures_that_cannot_be_read(processor, folder, tmp_path, caplog):
     (tmp_path / "cut.png").write_bytes((folder / "picture.png").read_bytes()[:-40])
     Image.fromarray(np.zeros((56, 84), np.float32)).save(tmp_path / "float.tiff")
