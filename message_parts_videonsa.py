@@ -21,6 +21,10 @@ KINDS = {"text": "text", "input_text": "text", "output_text": "text"}
 KINDS |= {
     name: kind for kind in ("image", "video") for name in (kind, f"{kind}_url", f"input_{kind}")
 }
+# Keys of a message under which others put its media, beside the content.
+BESIDE = {
+    name + plural: kind for name, kind in KINDS.items() if kind != "text" for plural in ("", "s")
+}
 # Keys under which a medium stands in its part, besides the names of its own kind.
 GENERAL_KEYS = ("url", "path", "bytes", "base64", "source")
 # Keys under which a source may stand in a dict, as data sets and OpenAI's clients write it.
@@ -42,7 +46,7 @@ def read_messages(conversation) -> list[dict]:
     conversation: a list of dicts or of message objects (dataclasses, pydantic). Other keys of a
     message stay, without those that are None, as a table writes them where there is nothing.
 
-    Raises ValueError for what is no message.
+    Raises ValueError for what is no message, and for media that stand beside the content.
     """
     conversation = getattr(conversation, "messages", conversation)
     if isinstance(conversation, (str, Mapping)) or not hasattr(conversation, "__iter__"):
@@ -168,6 +172,12 @@ def _read_message(message):
         raise ValueError(
             f"A message has a role and content, but this one has {', '.join(map(str, message))}."
         )
+    for key, kind in BESIDE.items():
+        if key in message and not _is_empty(message[key]):
+            raise ValueError(
+                f"A message has {key!r} beside its content: put each into the content as a part, "
+                f'{{"type": "{kind}", "{kind}": ...}}, where it stands in the text.'
+            )
     content = _as_list(message.get("content", []))
     if not isinstance(content, str):
         parts = content if isinstance(content, (list, tuple)) else [content]
@@ -212,6 +222,10 @@ def _as_list(item):
     """A NumPy array of texts or objects, as tables give lists, as a list; others as they are."""
     kind = getattr(getattr(item, "dtype", None), "kind", None)
     return item.tolist() if kind in ("O", "U", "S") else item
+
+
+def _is_empty(item):
+    return hasattr(item, "__len__") and len(item) == 0
 
 
 def _without(items, keys):

@@ -7,7 +7,6 @@ import math
 import numbers
 from dataclasses import dataclass, fields
 
-import numpy as np
 from transformers.utils import logging
 
 from .video_plan_videonsa import VideoPlan, plan_video
@@ -128,12 +127,26 @@ def _is_scalar(value):
 
 def _as_number(value):
     """The value as a float, or None where it is no number; a bool is none."""
-    if isinstance(value, (bool, np.bool_)) or not (_is_scalar(value) or isinstance(value, str)):
+    if _is_scalar(value) and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool) or not (_is_scalar(value) or isinstance(value, str)):
         return None
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def _own_names(asked):
+    """What is asked in one place and is not None, under the names that settings have here."""
+    asked = {name: value for name, value in asked.items() if value is not None}
+    for alias, name in ALIASES.items():
+        if alias in asked and name in asked:
+            raise ValueError(
+                f"{alias} is {asked[alias]!r} and {name} {asked[name]!r}, two names of one "
+                "setting; give one."
+            )
+    return {ALIASES.get(name, name): value for name, value in asked.items()}
 
 
 def resolve_settings(message: dict, call: dict, defaults: dict) -> VideoSettings:
@@ -143,13 +156,10 @@ def resolve_settings(message: dict, call: dict, defaults: dict) -> VideoSettings
     qwen-vl-utils (nframes, sample_fps), a call `size` for the pixel bounds.
     defaults: every setting; `fps_given` may be missing.
 
-    Raises ValueError where fps and num_frames are both given in one place, and for a decoder
-    (`video_backend`) that is not PyAV.
+    Raises ValueError where fps and num_frames, or two names of one setting, are given in one place,
+    and for a decoder (`video_backend`) that is not PyAV.
     """
-    message, call = (
-        {ALIASES.get(name, name): value for name, value in asked.items() if value is not None}
-        for asked in (message, call)
-    )
+    message, call = map(_own_names, (message, call))
     resolved = {"fps_given": False, **defaults}
     for asked in (message, call, resolved):
         if (backend := asked.pop("video_backend", None)) not in (None, "pyav"):

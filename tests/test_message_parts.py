@@ -527,3 +527,20 @@ def test_an_image_by_address_is_told_by_its_content(processor, folder):
         with pytest.raises(ValueError, match="absent.png cannot be read as an image"):
             take(processor, message({"type": "image", "image": f"{address}/absent.png"}))
         server.shutdown()
+
+
+@pytest.mark.parametrize("key", ["image", "images", "video", "videos", "image_url", "video_urls"])
+def test_media_beside_the_content_are_refused_by_name(processor, key):
+    turn = {"role": "user", "content": "What is shown?", key: ["aGFsbG8="]}
+    kind = key[:5]
+    with pytest.raises(ValueError, match=f'{key!r} beside its content.*"type": "{kind}"'):
+        processor.apply_chat_template([turn])
+    with pytest.raises(ValueError, match=f"{key!r} beside its content"):
+        processor.plan_videos([{**turn, key: np.zeros((2, 28, 28, 3), np.uint8)}])
+    for nothing in (None, [], (), ""):
+        assert "What is shown?" in processor.apply_chat_template([{**turn, key: nothing}])
+
+
+def test_tools_and_their_calls_stand_beside_the_content(processor):
+    turn = {"role": "assistant", "content": "One moment.", "tool_calls": [{"name": "look"}]}
+    assert "One moment." in processor.apply_chat_template([turn], tools=[])

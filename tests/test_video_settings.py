@@ -131,3 +131,23 @@ def test_frames_that_are_given_have_no_start_or_end(processor, name):
 def test_a_video_without_frames_is_refused(processor, frames):
     with pytest.raises(ValueError, match=r"no frames|must be \[frames, height, width, 3\]"):
         take(processor, message(frames))
+
+
+@pytest.mark.parametrize(
+    "two", [{"nframes": 4, "num_frames": 6}, {"fps": 2, "sample_fps": 1}, {"nframes": 4, "fps": 2}]
+)
+def test_two_names_of_one_setting_in_one_place_are_refused(processor, clip, two):
+    with pytest.raises(ValueError, match="give one"):
+        take(processor, message(clip, **two))
+    with pytest.raises(ValueError, match="give one"):
+        processor.plan_videos(message(clip), **two)
+    one, other = two
+    assert take(processor, message(clip, **two | {other: None})) == take(
+        processor, message(clip, **{one: two[one]})
+    )
+
+
+def test_a_bool_is_no_number_in_any_type(processor, clip):
+    for value in (True, np.True_, np.array(True), torch.tensor(True)):
+        with pytest.raises(ValueError, match="^fps is .*; it must be a finite number"):
+            take(processor, message(clip, fps=value))
