@@ -67,9 +67,20 @@ def parse_arguments(argv=None):
         if is_media(options.question):
             what = "folder" if Path(options.question).is_dir() else "file"
             fail(f"{options.question} is a {what}; give the question after it")
+        if not options.question.strip():
+            fail("the question is empty; give it after the files")
+        if is_command(options.question):
+            fail(
+                f"{options.question} is no question: commands are lines that are read with "
+                "--interactive; python ask.py --help says more"
+            )
     if not options.files:
         fail("give at least one video or image before the question")
     return options
+
+
+def is_command(line):
+    return re.fullmatch(r"/\w*", line.strip().partition(" ")[0]) is not None
 
 
 def say(message):
@@ -175,7 +186,7 @@ def read_questions(conversation, pending):
             pending.clear()
             conversation.reset()
             say("the conversation starts anew, without files")
-        elif re.fullmatch(r"/\w*", command):
+        elif is_command(line):
             say(f"there is no command {command}; {COMMANDS}")
         elif is_media(line.strip()):
             say(f"{line.strip()} is a file: /video or /image before it adds it to a question")

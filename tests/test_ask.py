@@ -550,3 +550,18 @@ def stop_after(model, steps, token):
 
     counted.__signature__ = inspect.signature(forward)  # generate reads it
     model.forward = counted
+
+
+@pytest.mark.parametrize("question", ["", "   ", "\n", "/help", " /quit", "/video other.mp4", "/x"])
+@pytest.mark.parametrize("options", [[], ["--interactive"]])
+def test_what_is_no_question_is_refused(ask, folder, monkeypatch, capsys, question, options):
+    with pytest.raises(SystemExit) as stop:
+        run(ask, monkeypatch, folder / "five.mp4", question, *options)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out
+    assert "the question is empty" in err or "is no question" in err
+
+
+def test_a_question_may_begin_with_a_slash(ask, folder):
+    options = ask.parse_arguments([str(folder / "five.mp4"), "/etc/passwd is what?"])
+    assert options.question == "/etc/passwd is what?"
