@@ -8,7 +8,9 @@ taken for an option where the words on both sides of it fit one, so that "A man"
 """
 
 import ast
+import itertools
 import re
+import string
 import unicodedata
 from typing import NamedTuple
 
@@ -22,9 +24,13 @@ def _any(*phrases):
 # One letter, with brackets or without: no part of a word, a name or an abbreviation.
 _ONE = r"(?:option\s+|choice\s+)?[(\[]?(?<![A-Za-z0-9'.&-])([A-Z])(?![A-Za-z0-9'&]|-\w|\.\w)[)\]]?"
 _SINGLE = re.compile(_ONE)
-# Letters that are named together: "A or B", "A, B and C", "A/B", "A. Or maybe B".
+# Letters that are named together: "A or B", "A, B and C", "A/B", "A. Or maybe B", "A to B".
+_TOGETHER = _any(
+    "and/or, and, or, nor, to, plus, along with, together with, as well as",
+    "but (?:also|equally|maybe|perhaps|possibly)",
+)
 _JOIN = (
-    r"(?:\s*[,/&+]\s*|\s*,?\s+(?:and/or|and|or|nor)\s+|\s*\.\s+Or\s+|\s*[和或、]\s*|\s+(?![(\[]))"
+    rf"(?:\s*[,/&+]\s*|\s*,?\s+{_TOGETHER}\s+|\s*[.?!]+\s+Or\s+|\s*[和或、]\s*|\s+(?![(\[]))"
     rf"(?:{_any('maybe, perhaps, possibly, else, even, also')}\s+)?"
 )
 _LETTERS = re.compile(f"{_ONE}(?:(?i:{_JOIN}){_ONE})*")
@@ -35,7 +41,7 @@ _OTHER = r"[^\x00-\x7f]"
 _BEFORE = re.compile(
     rf"(?:^|\n|[^\w\s]|{_OTHER}|\b"
     + _any(
-        "is, be, are, not, nor, and, or, but, than, of, with, for, to, like, say, says, think",
+        "is, be, are, not, nor, and, or, but, than, of, with, for, to, like, say, think",
         "guess, believe, that, between, both, either, neither, answer, option, choice, letter",
         "choose, chose, chosen, select, pick, picked, so, therefore, thus, hence, it, its, as, in",
         r"out, eliminate, exclude, leaving, leaves, maybe, perhaps, \w+ly, \w+'s",
@@ -49,7 +55,7 @@ _AFTER = re.compile(
         "is, isn, isnt, are, aren, arent, was, were, does, doesn, do, can, cannot, could, would",
         "must, seems?, looks, appears, matches, fits, describes, shows, as, and, or, nor, but, not",
         "because, since, rather, instead, than, over, according, based, given, due, for, from, in",
-        "on, at, to, with, which, where, while, if",
+        "on, at, to, with, without, which, where, while, if",
     )
     + r"(?![\w-])"
 )
@@ -58,39 +64,74 @@ _AFTER = re.compile(
 _BRIDGE = _any(
     "think, believe, say, choose, pick, select, call, that, it, it'?s, is, are, was, be, to, the",
     "(?-i:an?), correct, right, best, answer, option, choice, letter, would, could, either, longer",
-    "really, simply, just, only",
+    "really, simply, just, only, necessarily, should",
+    "(?:sure|certain|convinced) (?:that|if|it)",
 )
 _NEGATED = re.compile(
     r"(?:\b"
     + _any(
         "not, cannot, never, unlikely, neither, nor, rather than, instead of, except, except for",
         "other than, more than, less than, fewer than, unlike, no longer, all but, anything but",
-        "everything but, any but, wrong",
+        "everything but, any but, wrong, hardly, scarcely, barely",
         "rul(?:e[sd]?|ing) out, eliminat(?:e[sd]?|ing), exclud(?:e[sd]?|ing), reject(?:s|ed|ing)?",
     )
-    + rf"\b|n'?\s?t\b)(?:\s+{_BRIDGE}\b|\s*[:,(\[])*\s*$|(?:不是|不选|而非|排除)\s*$",
+    + rf"\b|n'?\s?t\b)(?:\s+{_BRIDGE}\b|\s*[:,(\[])*\s*$"
+    r"|(?:[不非别][^\x00-\x7f、。]{0,4}|排除|除了?)\s*$",
     re.IGNORECASE,
+)
+_HEDGED = _any("could, might, may")
+_DENYING = (
+    _any(
+        "wrong, incorrect, false, ruled out, eliminated, excluded, impossible, unlikely",
+        r"out(?=\W*$|[.;]), far from, inaccurate, improbable, implausible, doubtful, dubious",
+        "questionable, unclear, uncertain, unsupported, contradicted, refuted, less, least, worst",
+        "hardly",
+    )
+    + r"\b"
 )
 _REJECTED = re.compile(
     r"\s*(?:\([^)]*\))?(?:\s*,)?\s*(?:"
     rf"{_any('is, was, does, do, did, has, have, are, were, can, could, would, must')}"
     r"(?:n'?t|'t|not|\s(?:\w+ly\s)?not|\s?n\s?t|\st)\b"
-    rf"|(?:[:-]\s*|{_any('is, are, was, were, seems?, looks?, must be, can be')}\s+)(?:\w+ly\s+)?"
-    + _any("wrong, incorrect, false, ruled out, eliminated, excluded, impossible, unlikely, out")
-    + r"\b|[:-]\s*(?:not|no)\b)",
+    rf"|{_HEDGED}\b(?!\s+only)"
+    # "is one of the wrong ones": a few words on, but not into what is said of something else
+    rf"|{_any('is, are, was, were, seems?, looks?, appears?, must, can, would, should')}"
+    rf"(?:\s+(?!{_any('and, but, as, because, since, so, while, than, which')}\b)\w+){{0,4}}?"
+    rf"\s+{_DENYING}"
+    rf"|[:-]\s*(?:\w+ly\s+)?{_DENYING}|[:-]\s*(?:not|no)\b)"
+    r"|\s*(?:选项|答案|是|并|也|都)*(?:不|错|有误)",
     re.IGNORECASE,
 )
 _ONE_OF_THEM = re.compile(r"\s*(?:\([^)]*\))?(?:\s*,)?\s*(?:is|was|does|has|seems|looks)", re.I)
-# What is not said but asked or supposed: "Is it A?", "if the answer is A".
+# What is not said but asked, supposed or doubted: "Is it A?", "if the answer is A", "I doubt that
+# it is A", "it would be a mistake to choose A"; and what is only quoted: "the sign says A".
 _SUPPOSED = re.compile(
-    rf"\b{_any('if, whether, unless, suppose, supposing, assuming')}\b[^.,?!\n]{{0,40}}$", re.I
+    rf"\b{_any('if, whether, unless, suppose, supposing, assuming')}\b[^.,?!\n]{{0,40}}$"
+    rf"|(?:(?<!no )(?<!without )(?<!without a )\bdoubt(?:s|ful|ed)?\b"
+    r"|\bno(?:body|ne| one| way| reason| evidence)\b"
+    rf"|\b{_any('false, untrue, wrong, mistake, error, not true')}\s+{_any('to, that')}\b"
+    rf"|\b{_HEDGED}\b(?!\s+only)|(?:^|[.?!\n]\s*)is (?:it|this|that|the answer)\b)"
+    r"[^.,:;?!\n]{0,60}$"
+    rf"|\b{_any('says, said, reads, spells, written')}\b[\s:,]*$",
+    re.I,
+)
+# A letter in the picture is no option: "the letter A is seen on the wall".
+_SEEN = re.compile(
+    r"\s+(?:(?:is|was|are|were|can be|appears?)\s+)?(?:\w+ly\s+)?"
+    + _any(
+        "seen, visible, written, painted, printed, displayed, drawn",
+        "on an? (?!closer), on the (?!basis|grounds)",
+    )
+    + r"\b",
+    re.I,
 )
 
 # What leads to the option that is meant, "the right choice is", "Answer:", "so", or confirms it.
 _CUE = (
     r"\b(?:ans(?:wer(?:'?s)?|\.)?|(?:option|choice|letter)(?=\s*(?:is\b|:|=|would|should|must))|"
     + _any(
-        r"choose, chose, select, pick, go(?:ing)? with, conclude, say, so, therefore, thus, hence",
+        r"correction, actually(?=[^\w\s]), choose, chose, select, pick, go(?:ing)? with, conclude",
+        "say, so, therefore, thus, hence",
         "it must be, it has to be, it would be, it'?s, it is, that'?s",
     )
     + r")\b[\s,:=>-]*(?:"
@@ -133,7 +174,7 @@ def read_answer(text: str, options: dict[str, str]) -> str | None:
     for letter, option in words.items():
         if said == option:
             return letter
-    alone = r"[(\[{<]?\s*(?:option |choice )?([A-Za-z])\s*[])}>.:,!?]*"
+    alone = r"(?:not\s+[A-Z],\s+)?[(\[{<]?\s*(?:option |choice )?([A-Za-z])\s*[])}>.:,!?]*"
     if match := re.fullmatch(alone, text, re.IGNORECASE):
         letters = {match[1].upper()}
     else:
@@ -149,6 +190,10 @@ def _clean(text):
     thought = r"(?:think\w*|thought|reason\w*|reflect\w*|scratchpad)"
     text = re.sub(rf"(?is)<({thought})>.*?(</\1>|$)", " ", text)
     text = re.split(rf"(?i)</{thought}>", text)[-1]  # some templates open it in the prompt
+    # Another turn is no part of the answer.
+    mark = r"(?:<[^<>]*>|[ \t*_#])*"
+    turn = rf"^{mark}(?:user|human){mark}(?::|$)|(?<=\n){mark}question{mark}:"
+    text = re.split(f"(?im){turn}", text)[0]
     if answers := re.findall(r"(?is)<answer>(.*?)(?=</answer>|<answer>|$)", text):
         text = answers[-1]
     if boxed := re.findall(r"\\boxed\{\s*(?:\\text\w*\{)?([^{}]*)\}", text):
@@ -161,8 +206,10 @@ def _clean(text):
         return match[0][:-1] + match[0][-1].upper()
 
     text = re.sub(r"^[a-z](?=[.):]\s)|(?<![\w)])[(\[][a-z](?=[)\]])", capital, text)
+    # A small letter where the text breaks off may be the article: "the answer is a".
     named = r"(?i:\b(?:ans(?:wer)?|option|choice|letter)\b[\s:=]*(?:is\b[\s:]*)?)\b[a-z]"
-    return re.sub(rf"{named}(?=\s*(?:[.,;:)!?\n]|$))", capital, text)
+    ends = r"(?=\s*(?:[.,;:)!?\n]|$)|\s+(?:is|seems|fits|matches)\b)(?!\W+[a-z]\b)"
+    return re.sub(rf"(?!(?i:\w+ is \w$)){named}{ends}", capital, text)
 
 
 def _meant(text, words, offered):
@@ -178,8 +225,10 @@ def _meant(text, words, offered):
         return bracketed
     # What follows the last "answer is", if anything does, before the whole text.
     tail = re.split(f"(?i){_CUE}", text)[-1]
-    for part in (tail, text):
-        if len(named := _named(plain(part), words)) == 1:
+    lead = text[: len(text) - len(tail)]
+    denied = _NEGATED.search(lead) or _SUPPOSED.search(lead)
+    for part in (text,) if denied else (tail, text):
+        if len(named := _named(part, words)) == 1:
             return named
     return set().union(*(one.letters for one in mentions)) & offered
 
@@ -203,6 +252,7 @@ def _mentions(text):
             letters = letters[:-1] if last else []
         # "A?" is asked; "A or", of which the rest is missing or no letter, is left open.
         supposed = re.match(r"\s*\?|\s+or\b", after) or _SUPPOSED.search(before)
+        supposed = supposed or (group[0][-1] not in ")]" and _SEEN.match(after))
         if not letters or supposed or _NEGATED.search(before):
             continue
         led = bool(_LED.search(before) or _CONFIRMED.match(after))
@@ -210,20 +260,38 @@ def _mentions(text):
     return found
 
 
+_LISTED = re.compile(
+    r"^[ \t]*(?:[-*•][ \t]+)?[*_]*(?:\(([A-Za-z])\)|\(?([A-Z])[.):、])[*_]*[ \t]*(\S.*)$",
+    re.MULTILINE,
+)
+
+
 def options_of(prompt):
-    """The options that a prompt lists, letter to words: "A. ...", "(A) ...", or as a dict."""
+    """The options that a prompt lists, letter to words: "A. ...", "(A) ...", or as a dict.
+
+    Of several lists the first counts: what follows the options are examples of answers.
+    """
     if match := re.search(r"\{'A': .*\}", prompt):
         try:
             return ast.literal_eval(match[0])
         except (ValueError, SyntaxError):  # it only looks like one
             pass
     options = {}
-    for letter, words in re.findall(r"^[ \t]*\(?([A-Z])[.):][ \t]*(\S.*)$", prompt, re.MULTILINE):
-        if letter == "A":
+    for small, capital, words in _LISTED.findall(unicodedata.normalize("NFKC", prompt)):
+        letter = (small or capital).upper()
+        if letter in (listed := _from_a(options)):
+            if len(listed) > 1:
+                break
             options = {}
-        if letter == chr(ord("A") + len(options)):
-            options[letter] = words.strip()
+        options[letter] = words.strip().strip("*_")
+    options = _from_a(options)
     return options if len(options) > 1 else {}
+
+
+def _from_a(options):
+    """The options from A on without a gap, in order."""
+    letters = itertools.takewhile(options.__contains__, string.ascii_uppercase)
+    return {letter: options[letter] for letter in letters}
 
 
 def right_letter(target, doc, options):
@@ -232,12 +300,26 @@ def right_letter(target, doc, options):
     Tasks give a letter ("B", "(B)", "B. a cow"), the words, or the number of the option from 0.
     """
     for given in (target, doc.get("answer")):
-        # Logged targets are strings; the doc still knows that one was a number.
-        number = next((v for v in doc.values() if type(v) is int and str(v) == str(given)), None)
+        number = _number_of_option(given, doc, options)
         if number is not None and 0 <= number < len(options):
             return chr(ord("A") + number)
         if isinstance(given, str) and (letter := read_answer(given, options)):
             return letter
+    return None
+
+
+def _number_of_option(given, doc, options):
+    """The number that the doc gives as the right option's, where it is `given`, or None.
+
+    Logged targets are strings; the doc still knows that one was a number. It is the option's own
+    words, if there are such, unless its key says that it counts options.
+    """
+    worded = plain(str(given)) in {plain(words) for words in options.values()}
+    for key, value in doc.items():
+        right = re.search(r"(?i)answer(?!s)|correct|label|target|gold|truth|(?:^|_)gt(?:_|$)", key)
+        if right and type(value) is int and str(value) == str(given):
+            if not worded or re.search("(?i)choice|option|index|idx|label", key):
+                return value
     return None
 
 
@@ -249,12 +331,16 @@ def plain(words):
 
 def _named(text, words):
     """Letters of the options whose words `text` has, not in those of a longer one, not denied."""
-    found = set()
+    if "no" in words.values():  # "no idea" is not the answer "no"
+        text = re.sub(r"(?i)\bno\s+(?=\w)", "no-", text)
+    text, found = plain(text), set()
     for letter, option in sorted(words.items(), key=lambda item: -len(item[1])):
-        match = option and re.search(rf"(?<!\w)(?<!\d\.){re.escape(option)}(?!\w|\.\d)", text)
+        alone = rf"(?<![\w-])(?<!\d[.:]){re.escape(option)}(?!\w|%|[.:]\d|-\w)"
+        match = option and re.search(alone, text)
         if match:
             before, after = text[: match.start()], text[match.end() :]
             text = before + " \n " + after
-            if not (_NEGATED.search(before) or _REJECTED.match(after)):
+            denied = _NEGATED.search(before) or _REJECTED.match(after)
+            if not (denied or _SUPPOSED.search(before)):
                 found.add(letter)
     return found

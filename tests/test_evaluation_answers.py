@@ -189,6 +189,26 @@ MEANS_X = [
     "It would be X.",
     "X fits, Y doesn't.",
     "Y does not fit; X does.",
+    "Answer: Y. Correction: X.",
+    "option x is correct",
+    "Not Y, X.",
+    "X without a doubt",
+    "Without a doubt it is X.",
+    "There is no doubt that it is X.",
+    "It could only be X.",
+    "It could be Y, but the answer is X.",
+    "I doubt that it is Y, so X.",
+    "Y is the wrong answer. X is right.",
+    "X is right and Y is wrong.",
+    "The thing that is not seen is X.",
+    "The answer is X.\n\nQuestion: What comes next?\nY. red\nAnswer: Z",
+    "X\nuser\nWhich? Answer: Y",
+    "Answer: X\nuser: Answer: Y",
+    "不应该选Y,应选X",
+    "Y错误,答案是X",
+    "The answer is Y. Actually, X.",
+    "The answer is X on the basis of the video",
+    "X<|im_end|>\n<|im_start|>user\nAnswer: Y",
 ]
 # ... and these mean nothing, or several.
 MEANS_NONE = [
@@ -294,6 +314,50 @@ MEANS_NONE = [
     "X doesn't fit.",
     "The answer is anything except X.",
     "Without X",
+    "Nobody would choose X",
+    "X is far from correct",
+    "I'm not sure that it is X",
+    "I doubt X is correct",
+    "I doubt that X is correct",
+    "X is the wrong answer.",
+    "X is the incorrect option.",
+    "X is one of the wrong options.",
+    "X is the least likely.",
+    "X is less likely.",
+    "X would be wrong.",
+    "X is doubtful.",
+    "X is unclear.",
+    "Hardly X.",
+    "There's no way it's X.",
+    "It is false that X is the answer.",
+    "It would be a mistake to choose X.",
+    "The answer isn't necessarily X.",
+    "X is contradicted by the video.",
+    "X could be right, as could Y.",
+    "X... or Y?",
+    "X, but also Y",
+    "The sign says X.",
+    "The letter X is seen on the wall.",
+    "Could it be X",
+    "I could say X, but the video is unclear.",
+    "不应该选X",
+    "不能选X",
+    "X不对",
+    "X错误",
+    "除了X",
+    "并非X",
+    "Hmm, X? Or Y.",
+    "X along with Y",
+    "from X to Y",
+    "It might be X.",
+    "Is it X",
+    "I have doubts that the answer is X.",
+    "X as well as Y",
+    "X is probably wrong.",
+    "The answer is x",
+    "answer: x, y",
+    "user: Answer: X",
+    "option x is wrong",
 ]
 COLOURS = {"A": "a red car", "B": "red", "C": "red, blue", "D": "a dog"}
 
@@ -374,6 +438,11 @@ def test_a_ninth_option_is_not_the_writer():
         ("I think it is (A) a red car", "A"),
         ("a cat", None),
         ("red or a dog", None),
+        ("I doubt it is red", None),
+        ("I don't think it is a dog.", None),
+        ("It could be a dog", None),
+        ("red is unclear", None),
+        ("The sign says red", None),
     ],
 )
 def test_an_options_words_are_as_good_as_its_letter(text, letter):
@@ -386,6 +455,13 @@ def test_an_options_words_are_as_good_as_its_letter(text, letter):
         "Which?\nA. one\nB. two words\nAnswer with the letter.",
         "Which?\n(A) one\n(B) two words\nOnly give the best option.",
         "Which?\nA) one\nB) two words",
+        "Which?\nA．one\nB．two words",
+        "Which?\n**A.** one\n**B.** two words",
+        "Which?\n- A. one\n- B. two words",
+        "Which?\n(a) one\n(b) two words",
+        "Which?\nB. two words\nA. one",
+        "Which?\nA. one\nB. two words\nAnswer like this:\nA. some words",
+        "Which?\nA. one\nB. two words\nAn example:\nA. red\nB. blue",
         "<options> \n{'A': 'one', 'B': 'two words'} \n</options>",
     ],
 )
@@ -397,6 +473,12 @@ def test_what_only_looks_like_a_dict_is_none():
     assert options_of("Which?\n{'A': don't}\nA. one\nB. two") == {"A": "one", "B": "two"}
 
 
+def test_options_in_another_order_are_all_found():
+    prompt = "Which?\nA. one\nC. three\nB. two"
+    assert options_of(prompt) == {"A": "one", "B": "two", "C": "three"}
+    assert options_of(f"C. Watch the video.\n{prompt}") == options_of(prompt)
+
+
 def test_numbers_are_read_as_they_are_meant():
     options = {"A": "1", "B": "2", "C": "12", "D": "3"}
     for text, letter in (
@@ -406,7 +488,17 @@ def test_numbers_are_read_as_they_are_meant():
         ("more than 2", None),
         ("2 or 3", None),
         ("1.5", None),
+        ("-2", None),
+        ("at 2:30", None),
+        ("12:00", None),
+        ("2%", None),
     ):
+        assert read_answer(text, options) == letter, text
+
+
+def test_no_is_an_answer_only_where_it_stands_alone():
+    options = {"A": "yes", "B": "no"}
+    for text, letter in (("no idea", None), ("No, he sits.", "B"), ("The answer is no.", "B")):
         assert read_answer(text, options) == letter, text
 
 
@@ -422,6 +514,10 @@ def test_the_right_letter_is_known_however_a_task_gives_it():
     assert right_letter("2", {"answer": "2"}, options) == "B"  # words in the doc
     assert right_letter("utils.to_target", {"answer": 0}, options) == "A"
     assert right_letter("12.5", {}, options) is None
+    # Another number of the doc says nothing of the answer.
+    assert right_letter("2", {"id": 2, "answer": "2"}, {"A": "2", "B": "4", "C": "6"}) == "A"
+    assert right_letter("0", {"qid": 0, "answer": "0"}, {"A": "3", "B": "0"}) == "B"
+    assert right_letter("2", {"answer": 2}, {"A": "2", "B": "4", "C": "6"}) == "A"
 
 
 def test_plain_words_keep_what_tells_answers_apart():
