@@ -11,7 +11,11 @@ import os
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers.image_utils import load_image
+from transformers.image_utils import (
+    ChannelDimension,
+    infer_channel_dimension_format,
+    load_image,
+)
 from transformers.utils import logging
 
 from .message_parts_videonsa import (
@@ -139,10 +143,45 @@ def load_picture(source) -> Image.Image:
 
 
 def load_image_or_array(source):
-    """A picture from any source; of arrays and tensors, what the image processor can read."""
-    if isinstance(source, np.ndarray):
-        return np.ascontiguousarray(source)  # a view that runs backwards is no tensor
-    return source if isinstance(source, torch.Tensor) else load_picture(source)
+    """A picture from any source, or an array or tensor as `checked_array` has it."""
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return checked_array(as_tensor(source), "Images")
+    return load_picture(source)
+
+
+def checked_array(array: torch.Tensor, what: str) -> torch.Tensor:
+    """Pixels, [..., height, width, channels] or channels first, without how transparent they are.
+
+    Raises ValueError, which says `what` they are, for values that are not those of 8 bits.
+    """
+    if array.dtype == torch.bool or array.is_complex():
+        raise ValueError(f"{what} are numbers from 0 to 255, not {array.dtype}.")
+    if array.dtype != torch.uint8 and array.numel():
+        if not array.is_floating_point():
+            array = array.to(torch.int64)  # not all is defined for others
+        low, high = array.min().item(), array.max().item()
+        # Those that are normalized already may be below 0. NaN fails this, too.
+        if not (-low <= 255 and high <= 255):
+            raise ValueError(
+                f"{what} hold values from {low:g} to {high:g}; they are numbers from 0 to 255."
+            )
+    if array.ndim < 3:
+        return array
+    kind = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+    return array[..., :3] if kind == ChannelDimension.LAST else array[..., :3, :, :]
+
+
+def warn_of_fractions(pixels, what: str):
+    """Says of arrays up to 1, in lists or alone, that rescaling makes them almost black."""
+    if isinstance(pixels, (list, tuple)):
+        for item in pixels:
+            warn_of_fractions(item, what)
+    elif isinstance(pixels, torch.Tensor) and pixels.is_floating_point():
+        if pixels.numel() and 0 < pixels.abs().max() <= 1:
+            logger.warning_once(
+                f"{what} hold floating-point numbers up to 1, which are taken for values of 0 to "
+                "255 and so for almost black: say do_rescale=False, or give 0 to 255."
+            )
 
 
 def playable(source):

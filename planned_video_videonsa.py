@@ -15,7 +15,7 @@ from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
 from .message_parts_videonsa import describe_source, is_file, is_picture, plain_source
-from .pictures_videonsa import as_tensor, load_picture
+from .pictures_videonsa import as_tensor, checked_array, load_picture
 from .video_plan_videonsa import VideoPlan
 from .video_reader_videonsa import Remeasure, VideoFile
 from .video_settings_videonsa import VideoSettings, resolve_settings
@@ -299,27 +299,9 @@ def _channels_first(video):
     """[frames, height, width, channels] or [frames, channels, height, width] to the latter."""
     if video.ndim != 4 or not video.numel():
         raise ValueError(f"A video must be [frames, height, width, 3], not {list(video.shape)}.")
-    if video.dtype != torch.uint8:
-        video = _checked_values(video)
-    kind = infer_channel_dimension_format(video, num_channels=(1, 3, 4))
-    if kind == ChannelDimension.LAST:
-        video = video.permute(0, 3, 1, 2)
-    return video[:, :3]  # without how transparent they are, as a picture's
-
-
-def _checked_values(video):
-    """Frames in another type than 8 bits, whose values are those of 8 bits all the same."""
-    if video.dtype == torch.bool or video.is_complex():
-        raise ValueError(f"Frames are numbers from 0 to 255, not {video.dtype}.")
-    if not video.is_floating_point():
-        video = video.to(torch.int64)  # not all is defined for others
-    low, high = video.min().item(), video.max().item()
-    # Those that are normalized already may be below 0. NaN fails this, too.
-    if not (-low <= 255 and high <= 255):
-        raise ValueError(
-            f"Frames hold values from {low:g} to {high:g}; they are numbers from 0 to 255."
-        )
-    return video
+    video = checked_array(video, "Frames")
+    kind = infer_channel_dimension_format(video, num_channels=(1, 3))
+    return video.permute(0, 3, 1, 2) if kind == ChannelDimension.LAST else video
 
 
 def _spread(total, count) -> list[int]:

@@ -32,6 +32,7 @@ from .pictures_videonsa import (
     as_image_part,
     load_image_or_array,
     playable,
+    warn_of_fractions,
 )
 from .pixel_stream_videonsa import AHEAD_BYTES, GROUP_BYTES, GROUP_STEPS, PixelStream
 from .planned_video_videonsa import (
@@ -158,10 +159,17 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         kwargs.pop("input_data_format", None)
         videos = kwargs.pop("video_parts", None) or list_videos(videos)
         metadata = _list_metadata(metadata, len(videos))
-        readings = (
-            self._begin(video, self._planned(video, entry, settings), progress)
-            for video, entry in zip(videos, metadata, strict=True)
-        )
+        rescale = kwargs.get("do_rescale")
+        rescale = self.do_rescale if rescale is None else rescale
+
+        def begin(video, entry):
+            planned = self._planned(video, entry, settings)
+            if rescale and isinstance(planned, PlannedFrames):
+                # Before they are resized, which can go beyond 1.
+                warn_of_fractions(planned.frames, "Frames")
+            return self._begin(video, planned, progress)
+
+        readings = map(begin, videos, metadata)
         if self.stream if stream is None else stream:
             return self._stream(list(readings), kwargs)
         frames, metadata = (list(part) for part in zip(*map(self._finish, readings), strict=True))
@@ -228,14 +236,6 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
 
     def _to_patches(self, frames, metadata, kwargs):
         """The parent's outputs for videos of the right size, [frames, 3, height, width]."""
-        rescale = kwargs.get("do_rescale")
-        if self.do_rescale if rescale is None else rescale:
-            for video in frames:
-                if video.is_floating_point() and 0 < video.max() <= 1:
-                    logger.warning_once(
-                        "Frames hold floating-point numbers up to 1, which are taken for values of "
-                        "0 to 255 and so for almost black: say do_rescale=False, or give 0 to 255."
-                    )
         return super().preprocess(
             frames,
             video_metadata=metadata,
@@ -428,6 +428,9 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         """As Qwen2.5-VL's; `fps` may be a list, a rate for each video, as qwen-vl-utils has it."""
         if images is not None:  # an empty list is none
             images = self.load_images(images) if _count_images(images) else None
+            rescale = {**kwargs, **(kwargs.get("images_kwargs") or {})}.get("do_rescale")
+            if self.image_processor.do_rescale if rescale is None else rescale:
+                warn_of_fractions(images, "Images")
         if videos is not None:
             videos = list_videos(videos) or None
         if videos is not None:

@@ -374,6 +374,49 @@ def test_images_and_frames_as_arrays(processor, caplog):
     assert "say do_rescale=False" in caplog.text
 
 
+def test_images_as_arrays_are_checked_as_frames_are(processor, caplog):
+    image = clips.frame_image(1, 56, 84)
+    expected = take(processor, message({"type": "image", "image": Image.fromarray(image)}))
+    alpha = np.concatenate([image, image[..., :1]], axis=-1)
+    first = torch.from_numpy(alpha).permute(2, 0, 1)
+    for same in (
+        image.astype(float),
+        image.astype(np.int64),
+        image.astype(np.uint16),
+        alpha,
+        first,
+    ):
+        out = take(processor, message({"type": "image", "image": same}))
+        assert torch.equal(out["pixel_values"], expected["pixel_values"])
+    for wrong, error in (
+        (image.astype(np.uint16) * 257, "values from 0 to 65535; they are numbers from 0 to 255"),
+        (image > 128, "Images are numbers from 0 to 255, not torch.bool"),
+        (np.full(image.shape, np.nan), "Images hold values from nan to nan"),
+        (image - 300.0, "Images hold values from -300"),
+    ):
+        for given in (wrong, torch.from_numpy(wrong)):
+            with pytest.raises(ValueError, match=error):
+                take(processor, message({"type": "image", "image": given}))
+    fractions = message({"type": "image", "image": image / 255})
+    out = take(processor, fractions, do_rescale=False)
+    torch.testing.assert_close(out["pixel_values"], expected["pixel_values"])
+    out = take(processor, fractions, images_kwargs={"do_rescale": False})
+    torch.testing.assert_close(out["pixel_values"], expected["pixel_values"])
+    assert not caplog.text
+    take(processor, fractions)
+    assert "Images hold floating-point numbers up to 1" in caplog.text
+
+
+@pytest.mark.parametrize("lowest", [0, -1])
+def test_fractions_are_noticed_before_they_are_resized(processor, lowest, caplog):
+    frames = np.stack([clips.frame_image(number, 50, 90) for number in range(4)]) / 255
+    video = message({"type": "video", "video": lowest + frames * (1 - lowest)})
+    take(processor, video, fps=2.0, do_rescale=False)
+    assert not caplog.text
+    take(processor, video, fps=2.0)
+    assert "Frames hold floating-point numbers up to 1" in caplog.text
+
+
 def test_lists_that_tables_give_as_arrays(processor, folder):
     plain = message({"type": "video", "video": str(folder / "clip.mp4")})
     expected = take(processor, plain)
