@@ -30,13 +30,21 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from commands import ROOT
-from commands.checkpoint_files import TOKENIZER_FILES, copy_code, file_inside, listed_files, upload
+from commands.checkpoint_files import (
+    INDEX,
+    SINGLE,
+    TOKENIZER_FILES,
+    copy_code,
+    file_inside,
+    listed_files,
+    upload,
+)
 from commands.model_card import HUB_ID, write_card
 from nsa_rules import gate_logit
 
 COPIED_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "generation_config.json", "LICENSE")
 SOURCE_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "README.md", "LICENSE")
-SINGLE, INDEX, WEIGHTS = "model.safetensors", "model.safetensors.index.json", "model*.safetensors"
+WEIGHTS = "model*.safetensors"
 RECORD = "conversion.json"
 SHARD_BYTES = 2 * 10**9
 

@@ -5,6 +5,7 @@ functions. Commands (ask.py, finetune.py, ...) live in the repository and take t
 --model. The card of a checkpoint is written by commands/model_card.py.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,7 @@ CODE_FILES = (
     "requirements.txt",
 )
 REQUIRED_FILES = (*CODE_FILES, "config.json", "generation_config.json", "README.md")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 # Patterns of all that a checkpoint may carry, in the Hub's usual names, and what the card of the
 # repository's own checkpoint shows.
@@ -57,9 +59,9 @@ CHECKPOINT_FILES = (
     "docs/branches.png",
     "docs/speed.png",
     "LICENSE",
-    "model.safetensors",
+    SINGLE,
     "model-*.safetensors",
-    "model.safetensors.index.json",
+    INDEX,
     *TOKENIZER_FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -90,8 +92,8 @@ def listed_files(folder: str | Path) -> list[str]:
     """Names of the files that travel of the checkpoint or adapter in `folder`, in the lists' order.
 
     Raises FileNotFoundError where one is missing that loading needs, and ValueError where one is a
-    link out of the folder, or an adapter lies beside the whole weights: loading would apply it to
-    them once more.
+    link to nothing or out of the folder, where weights of two layouts lie in it, or an adapter lies
+    beside the whole weights: loading would apply it to them once more.
     """
     folder = Path(folder)
     is_adapter = (folder / ADAPTER_CONFIG).exists()
@@ -101,15 +103,52 @@ def listed_files(folder: str | Path) -> list[str]:
             f"Move its {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} to another folder."
         )
     patterns = ADAPTER_FILES if is_adapter else CHECKPOINT_FILES
+    # glob passes over a link to nothing, so a name without a match is looked at as it is.
+    found = [p for one in patterns for p in sorted(folder.glob(one)) or [folder / one]]
+    for path in (*found, *(path.parent for path in found)):
+        if path.is_symlink() and not path.exists():
+            raise ValueError(
+                f"{path} is a link to {path.readlink()}, which does not exist. Put the file itself "
+                "there, or delete the link."
+            )
     required = (ADAPTER_WEIGHTS, "README.md") if is_adapter else REQUIRED_FILES
     absent = [name for name in required if not (folder / name).is_file()]
     if absent:
         raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which users of it need.")
-    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     names = [path.relative_to(folder).as_posix() for path in found if path.is_file()]
     for name in names:
         file_inside(folder, name)
+    if not is_adapter:
+        check_weights(folder, names)
     return names
+
+
+def check_weights(folder: Path, names: list[str]):
+    """Raises unless the weight files among `names` are all those of one layout, and no others.
+
+    The layout is what INDEX names, or SINGLE without it. FileNotFoundError where some are absent;
+    ValueError where others lie beside them: loading reads SINGLE before INDEX, and nothing else.
+    """
+    source = f"its {INDEX} names" if INDEX in names else f"it needs without {INDEX}"
+    wanted = _indexed_files(folder / INDEX) if INDEX in names else {SINGLE}
+    present = {name for name in names if name.endswith(".safetensors")}
+    absent, others = sorted(wanted - present), sorted(present - wanted)
+    if absent and not others:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which {source}.")
+    if others:
+        raise ValueError(
+            f"{folder} holds {', '.join(others)} besides the weights that {source} "
+            f"({', '.join(sorted(wanted))}). Keep the files of one layout: {SINGLE} alone, or "
+            "shards with the index that names them."
+        )
+
+
+def _indexed_files(index):
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name) for name in weight_map.values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} has no weight_map of keys to files: make it again.") from error
 
 
 def file_inside(folder: str | Path, name: str) -> Path:

@@ -1,5 +1,6 @@
 """What goes to the Hub loads by itself, and nothing else goes."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -135,6 +136,52 @@ def test_a_link_inside_the_folder_is_sent(api, model, tmp_path):
     (model / "model.safetensors").symlink_to("weights.bin")
     assert publish.main(["--model", str(model), "--repo-id", "me/tiny"]) == 0
     assert "model.safetensors" in api.calls[-1][2]
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "docs", "model-1.safetensors"])
+def test_a_link_to_nothing_is_not_sent(api, model, name, capsys):
+    if (model / name).exists():
+        shutil.move(model / name, model / "moved")
+    (model / name).symlink_to("nowhere")
+    assert publish.main(["--model", str(model), "--repo-id", "me/tiny"]) == 2
+    assert f"{name} is a link to nowhere, which does not exist" in capsys.readouterr().err
+    assert api.calls == []
+
+
+SPLIT = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "indexed", "message"),
+    [
+        (["model.safetensors", SPLIT[0]], None, f"holds {SPLIT[0]} besides"),
+        (["model.safetensors", *SPLIT], SPLIT, "holds model.safetensors besides"),
+        (["model.safetensors"], SPLIT, "holds model.safetensors besides"),
+        ([*SPLIT, "model-00003-of-00003.safetensors"], SPLIT, "holds model-00003-of-00003"),
+        (SPLIT, None, f"holds {', '.join(SPLIT)} besides"),
+        (SPLIT[:1], SPLIT, f"lacks {SPLIT[1]}, which its model.safetensors.index.json names"),
+        ([], None, "lacks model.safetensors, which"),
+        (SPLIT, {}, "model.safetensors.index.json has no weight_map"),
+    ],
+)
+def test_weights_that_are_not_one_layout_are_not_sent(
+    api, model, weights, indexed, message, capsys
+):
+    (model / "model.safetensors").unlink()
+    for name in weights:
+        (model / name).touch()
+    if indexed is not None:
+        index = {"weight_map": dict(enumerate(indexed))} if indexed else {}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert publish.main(["--model", str(model), "--repo-id", "me/tiny"]) == 2
+    assert message in capsys.readouterr().err
+    assert api.calls == []
+
+
+def test_an_index_of_the_single_file_is_sent(model):
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert {index.name, "model.safetensors"} <= set(checkpoint_files.listed_files(model))
 
 
 def test_an_adapter_beside_whole_weights_is_not_sent(api, model, capsys):
