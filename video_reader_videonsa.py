@@ -578,7 +578,8 @@ class VideoFile:
         if not pictures:
             tracks = sorted({stream.type for stream in self.container.streams}) or ["none"]
             raise self._error(f"has no picture track (tracks: {', '.join(tracks)})")
-        self.stream = pictures[0]
+        default = av.stream.Disposition.default
+        self.stream = next((s for s in pictures if s.disposition & default), pictures[0])
         context = self.stream.codec_context
         if context is None:
             raise self._error("has a picture track of a format that PyAV does not decode")

@@ -337,6 +337,23 @@ def cover_first(folder):
     return path
 
 
+def two_pictures(folder, suffix, defaults):
+    """2 s of two picture tracks, frames 0 to 19 and 20 to 39; whether each is the default one."""
+    path = folder / f"two{suffix}"
+    with av.open(str(path), "w") as file:
+        streams = [file.add_stream("libx264", rate=10) for _ in defaults]
+        for stream, default in zip(streams, defaults, strict=True):
+            stream.height, stream.width, stream.pix_fmt = 96, 160, "yuv420p"
+            stream.disposition = av.stream.Disposition.default.value if default else 0
+        for number in range(20):
+            for first, stream in zip((0, 20), streams, strict=True):
+                image = frame_image(first + number, 96, 160)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        for stream in streams:
+            file.mux(stream.encode())
+    return path
+
+
 def _boxes(data, start, end):
     while start < end:
         size, kind = struct.unpack(">I4s", data[start : start + 8])

@@ -453,6 +453,13 @@ def test_the_cover_picture_is_not_the_video(processor, folder):
     assert check(frames, metadata, TENTHS, 2) == [0, 5, 10, 15]
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("defaults, taken", [((0, 1), 1), ((1, 0), 0), ((1, 1), 0), ((0, 0), 0)])
+def test_the_default_picture_track_is_taken(processor, folder, suffix, defaults, taken):
+    frames, *_ = read(processor, clips.two_pictures(folder, suffix, defaults), fps=2)
+    assert [clips.number_in(frame) for frame in frames] == [20 * taken + n for n in (0, 5, 10, 15)]
+
+
 LONG = 500
 FORMATS = {
     "h264.mp4": {"options": {"g": "50", "bf": "3"}},
