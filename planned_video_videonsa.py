@@ -5,7 +5,8 @@
 `VideoPlan`. The plan that was shown is the plan that is read.
 """
 
-from dataclasses import asdict, replace
+import math
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from .message_parts_videonsa import describe_source, is_file, is_picture, plain_
 from .pictures_videonsa import as_tensor, checked_array, load_picture
 from .video_plan_videonsa import VideoPlan
 from .video_reader_videonsa import Remeasure, VideoFile
-from .video_settings_videonsa import VideoSettings, resolve_settings
+from .video_settings_videonsa import VideoSettings, as_number, resolve_settings
 
 logger = logging.get_logger(__name__)
 
@@ -173,7 +174,7 @@ class PlannedFrames(_Planned):
                 "of the part that is wanted."
             )
         sample = bool(settings.do_sample_frames)
-        if metadata is None:
+        if not metadata:
             if not settings.fps_given:
                 logger.warning_once(
                     "Frames were given without metadata or fps; taking them for 2 a second."
@@ -181,23 +182,12 @@ class PlannedFrames(_Planned):
             rate = settings.fps if settings.fps_given else 2.0
             # At their own rate there is nothing to choose from; a number of frames can be asked.
             sample = sample and settings.num_frames is not None
-            metadata = VideoMetadata(total_num_frames=count, fps=rate)
-        else:
-            metadata = VideoMetadata(**dict(metadata))
-        total, rate = metadata.total_num_frames or count, metadata.fps
-        if not rate:
-            raise ValueError("video_metadata has no fps; give the rate of the video.")
-        indices = metadata.frames_indices
-        indices = _spread(total, count) if indices is None else [int(i) for i in indices]
-        if len(indices) != count:
-            raise ValueError(
-                f"video_metadata counts {len(indices)} frames (frames_indices), but {count} were "
-                "given."
-            )
-        plan = settings.plan(total / rate, count, height, width, *self.sizes, sample=sample)
+            metadata = {"fps": rate}
+        metadata = _read_metadata(metadata, count)
+        duration = metadata.total_num_frames / metadata.fps
+        plan = settings.plan(duration, count, height, width, *self.sizes, sample=sample)
         self.kept = _spread(count, plan.frames)
-        metadata.total_num_frames, metadata.fps = total, rate
-        metadata.frames_indices = [indices[i] for i in self.kept]
+        metadata.frames_indices = [metadata.frames_indices[i] for i in self.kept]
         self._metadata = metadata
         return plan
 
@@ -216,6 +206,64 @@ class PlannedFrames(_Planned):
 
     def metadata(self, times=None) -> VideoMetadata:
         return replace(self._metadata)
+
+
+def _read_metadata(given, count) -> VideoMetadata:
+    """The video_metadata of `count` frames that are given, every number of it checked.
+
+    total_num_frames may be a fraction, as qwen-vl-utils has it, and is `count` where it is missing;
+    frames_indices are then spread over it.
+
+    Raises ValueError for what is no metadata, or not of these frames, by its field.
+    """
+    given = {key: value for key, value in dict(given).items() if value is not None}
+    if unknown := given.keys() - {field.name for field in fields(VideoMetadata)}:
+        raise ValueError(
+            f"video_metadata has {', '.join(sorted(map(str, unknown)))}, but its fields are "
+            f"{', '.join(field.name for field in fields(VideoMetadata))}."
+        )
+    if "fps" not in given:
+        raise ValueError("video_metadata has no fps; give the rate of the video.")
+    rate = _number_of("fps", given["fps"])
+    if rate <= 0:
+        raise ValueError(f"fps of video_metadata is {given['fps']!r}; it must be positive.")
+    total = _number_of("total_num_frames", given.get("total_num_frames", count))
+    if round(total) < count:
+        raise ValueError(
+            f"total_num_frames of video_metadata is {total:g}, but {count} frames were given: "
+            "it counts all frames of the video that they were taken from."
+        )
+    total = int(total) if total == int(total) else total
+    indices = given.get("frames_indices")
+    indices = _spread(total, count) if indices is None else _read_indices(indices, count)
+    return VideoMetadata(
+        **given | {"fps": rate, "total_num_frames": total, "frames_indices": indices}
+    )
+
+
+def _read_indices(given, count) -> list[int]:
+    """The frames_indices of `count` frames: whole numbers that do not descend."""
+    if isinstance(given, str) or not hasattr(given, "__iter__"):
+        raise ValueError(f"frames_indices of video_metadata is {given!r}; it must be a list.")
+    indices = [_number_of("frames_indices", index) for index in given]
+    if len(indices) != count:
+        raise ValueError(
+            f"video_metadata counts {len(indices)} frames (frames_indices), but {count} were given."
+        )
+    whole = [int(index) for index in indices]
+    if whole != indices or whole != sorted(whole) or whole[0] < 0:
+        raise ValueError(
+            f"frames_indices of video_metadata are {str(indices)[:80]}; they are whole numbers "
+            "from 0, in order."
+        )
+    return whole
+
+
+def _number_of(field, value) -> float:
+    number = as_number(value)
+    if number is None or not math.isfinite(number):
+        raise ValueError(f"{field} of video_metadata is {value!r}; it must be a finite number.")
+    return number
 
 
 def list_videos(videos) -> list:
@@ -237,7 +285,7 @@ def list_videos(videos) -> list:
             return [VideoPart(video) for video in videos]
         return [VideoPart(videos if videos.ndim == 4 else videos[None])]
     if isinstance(videos, (list, tuple)):
-        if _are_frames(videos):
+        if are_frames(videos):
             return [VideoPart(videos)]
         return [video for item in videos for video in list_videos(item)]
     raise ValueError(
@@ -283,7 +331,7 @@ def _is_own(item):
     return type(item).__name__ in ("VideoPart", "PlannedFile", "PlannedFrames")
 
 
-def _are_frames(items):
+def are_frames(items):
     """Whether a list holds the frames of one video: pictures, arrays, or files of pictures."""
     if any(map(_is_own, items)):
         return False

@@ -25,6 +25,7 @@ from .message_parts_videonsa import (
     frames_in_folder,
     is_file,
     is_picture,
+    plain_source,
     read_messages,
 )
 from .pictures_videonsa import (
@@ -39,6 +40,7 @@ from .planned_video_videonsa import (
     PlannedFile,
     PlannedFrames,
     VideoPart,
+    are_frames,
     list_videos,
     stack_frames,
     with_settings,
@@ -338,19 +340,28 @@ def _not_as_measured(planned, when):
 
 
 def _list_metadata(metadata, count):
-    """One entry of video_metadata, or None, for each of so many videos."""
+    """One entry of video_metadata for each of so many videos; {} where there is None.
+
+    The library's type of video_metadata has no None in a list.
+    """
     if metadata is None:
-        return [None] * count
-    if isinstance(metadata, (dict, VideoMetadata)):
+        return [{}] * count
+    if not isinstance(metadata, (list, tuple)):
         metadata = [metadata]
     nested = [item if isinstance(item, (list, tuple)) else [item] for item in metadata]
     metadata = [entry for item in nested for entry in item]
+    for entry in metadata:
+        if entry is not None and not isinstance(entry, (dict, VideoMetadata)):
+            raise ValueError(
+                f"An entry of video_metadata is {describe_source(entry)}; it is a dict with the "
+                "video's fps, or None."
+            )
     if len(metadata) != count:
         raise ValueError(
             f"{count} videos were given with {len(metadata)} entries of video_metadata; give one "
             "per video."
         )
-    return metadata
+    return [{} if entry is None else entry for entry in metadata]
 
 
 # What a part of a message may say, and is not a setting; and what is one.
@@ -426,6 +437,10 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         **kwargs,
     ) -> BatchFeature:
         """As Qwen2.5-VL's; `fps` may be a list, a rate for each video, as qwen-vl-utils has it."""
+        nested = {
+            (self.image_token, "image"): _count_by_sample(images, text, _count_images),
+            (self.video_token, "video"): _count_by_sample(videos, text, _count_videos),
+        }
         if images is not None:  # an empty list is none
             images = self.load_images(images) if _count_images(images) else None
             rescale = {**kwargs, **(kwargs.get("images_kwargs") or {})}.get("do_rescale")
@@ -445,14 +460,16 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
                     else video
                     for video, rate in zip(videos, rates, strict=True)
                 ]
-            kwargs = _read_settings(kwargs)
+            kwargs = _read_settings(kwargs, len(videos))
             if "videos_kwargs" in kwargs:
-                kwargs["videos_kwargs"] = _read_settings(kwargs["videos_kwargs"])
+                kwargs["videos_kwargs"] = _read_settings(kwargs["videos_kwargs"], len(videos))
             # The library counts what stands in `videos`, and knows only strings and arrays.
             kwargs["video_parts"], videos = videos, ["video"] * len(videos)
         if text is not None and not kwargs.get("sanitize_control_tokens"):
             self._check_placeholders(text, self.image_token, "image", _count_images(images))
             self._check_placeholders(text, self.video_token, "video", len(videos or []))
+            for (token, kind), counts in nested.items():
+                _check_samples(text, token, kind, counts)
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
     def _check_placeholders(self, text, token, kind, given):
@@ -492,9 +509,11 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         return messages
 
 
-def _read_settings(given):
-    """Keyword arguments of a call, settings of videos in the exact types that the library wants."""
+def _read_settings(given, count):
+    """Keyword arguments of a call for so many videos, in the exact types that the library wants."""
     settings = {name: read_setting(name, given[name]) for name in SETTINGS if name in given}
+    if given.get("video_metadata") is not None:
+        settings["video_metadata"] = _list_metadata(given["video_metadata"], count)
     return {**given, **settings}
 
 
@@ -504,6 +523,29 @@ def _count_images(images):
     if images is None:
         return 0
     return len(images) if getattr(images, "ndim", 3) == 4 else 1
+
+
+def _count_videos(videos):
+    """How many videos a list has; None where it is one video itself, a list of frames."""
+    return None if are_frames(plain_source(videos)) else len(list_videos(videos))
+
+
+def _count_by_sample(media, text, count):
+    """How many media each text has, where they are a list of lists, one for each; else None."""
+    lists = (list, tuple)
+    if not isinstance(text, lists) or not isinstance(media, lists) or len(media) != len(text):
+        return None
+    counts = [count(item) if isinstance(item, lists) else None for item in media]
+    return None if None in counts else counts
+
+
+def _check_samples(texts, token, kind, counts):
+    found = [one.count(token) for one in texts]
+    if counts not in (None, found):
+        raise ValueError(
+            f"The texts have {found} {token} placeholders, but the lists of {kind}s, one for each "
+            f"text, have {counts}: put each {kind} into the list of its text."
+        )
 
 
 def _is_message(item):

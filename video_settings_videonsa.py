@@ -105,7 +105,7 @@ def read_setting(name: str, value):
         if not _is_scalar(value) or value not in (0, 1):
             raise ValueError(f"{name} is {value!r}; it must be True or False.")
         return bool(value)
-    number = _as_number(value)
+    number = as_number(value)
     if number is None or not math.isfinite(number):
         raise ValueError(f"{name} is {value!r}; it must be a finite number.")
     if name == "fps":
@@ -125,7 +125,7 @@ def _is_scalar(value):
     return isinstance(value, numbers.Number) or getattr(value, "ndim", None) == 0
 
 
-def _as_number(value):
+def as_number(value):
     """The value as a float, or None where it is no number; a bool is none."""
     if _is_scalar(value) and hasattr(value, "item"):
         value = value.item()

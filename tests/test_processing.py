@@ -480,3 +480,94 @@ def test_a_dropped_plan_closes_its_file(processor, clip):
     assert open_files(clip) == 0
     processor.video_processor.plan(clip)
     assert open_files(clip) == 0
+
+
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+
+
+def with_metadata(processor, metadata, count=4):
+    videos = [painted(count) for _ in range(len(metadata) if isinstance(metadata, list) else 1)]
+    return processor(
+        text=[VIDEO * len(videos)],
+        videos=videos,
+        video_metadata=metadata,
+        return_metadata=True,
+        return_tensors="pt",
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("fps", [-4, 0, float("nan"), float("inf"), "four", "", True, [4], torch.tensor(True)]),
+        ("total_num_frames", [3, 0, -1, float("nan"), float("inf"), "many", [4]]),
+        (
+            "frames_indices",
+            [[-1, 0, 1, 2], [3, 2, 1, 0], [0, 1, 2], [], range(5), [0, 1, 2, 2.5], 4, "0123"]
+            + [[0, 1, 2, None], [0, 1, 2, float("nan")], [0, 1, 2, "x"]],
+        ),
+        ("frame_rate", [4]),
+    ],
+)
+def test_video_metadata_that_cannot_be_is_refused_by_its_field(processor, field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"{field}.*video_metadata|video_metadata.*{field}"):
+            with_metadata(processor, {"fps": 2.0, "total_num_frames": 4, field: value})
+        with pytest.raises(ValueError, match=rf"{field}.*video_metadata|video_metadata.*{field}"):
+            processor.video_processor(
+                [painted(4)], video_metadata=[{"fps": 2.0, "total_num_frames": 4, field: value}]
+            )
+
+
+@pytest.mark.parametrize("metadata", ["2 fps", 2, [2], ["2 fps"]])
+def test_what_is_no_video_metadata_is_refused(processor, metadata):
+    with pytest.raises(ValueError, match="^An entry of video_metadata is .*; it is a dict"):
+        with_metadata(processor, metadata)
+
+
+def test_video_metadata_is_taken_as_it_is_meant(processor):
+    meant = {"fps": 4.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}
+    for given in (
+        {"fps": "4"},
+        {"fps": np.float32(4), "total_num_frames": None},
+        {"fps": torch.tensor(4), "total_num_frames": "4", "frames_indices": np.arange(4)},
+        {"fps": 4, "total_num_frames": 4.0, "frames_indices": torch.arange(4)},
+    ):
+        out = with_metadata(processor, given)
+        assert {key: out["video_metadata"][0][key] for key in meant} == meant
+        assert out["second_per_grid_ts"].tolist() == [0.5]
+    # Repeated frames, and numbers that count from the beginning of a file, are usual.
+    given = {"fps": 2, "total_num_frames": 4.4, "frames_indices": [5, 5, 6, 7]}
+    assert with_metadata(processor, given)["video_metadata"][0]["frames_indices"] == [5, 5, 6, 7]
+
+
+def test_none_is_an_entry_of_video_metadata(processor):
+    out = with_metadata(processor, [None, {"fps": 4.0}])
+    assert out["second_per_grid_ts"].tolist() == [1.0, 0.5]
+
+
+def test_lists_of_media_fit_the_texts_that_they_belong_to(processor):
+    image = Image.fromarray(painted(1)[0])
+    kinds = {"video": painted(4), "image": image}
+    for kind, medium in kinds.items():
+        token = VIDEO.replace("video", kind)
+
+        def call(media, *texts, kind=kind):
+            return processor(text=list(texts), **{f"{kind}s": media}, padding=True)
+
+        for media, texts in (
+            ([[medium], [medium]], (2 * token, "x")),
+            ([[medium], (medium,)], ("x", 2 * token)),
+            ([[], [medium]], (token, "x")),
+        ):
+            found, given = [one.count(token) for one in texts], [len(item) for item in media]
+            with pytest.raises(ValueError) as error:
+                call(media, *texts)
+            assert f"The texts have {found} " in str(error.value), error.value
+            assert f"have {given}: put each {kind} into" in str(error.value)
+        call([[medium], [medium]], token, token)
+        call([[medium, medium], []], 2 * token, "x")
+        call([medium, medium], 2 * token, "x")
+        call([[medium, medium]], token, token)
+    call = processor(text=[2 * VIDEO, "x"], videos=[[image, image], [image, image]], padding=True)
+    assert len(call["video_grid_thw"]) == 2
