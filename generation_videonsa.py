@@ -2,7 +2,8 @@
 
 - Positions are the model's own, after those of the cache (positions_videonsa.py).
 - Media that the cache has already are not read again when the whole conversation is passed.
-- Images and videos are encoded as the prompt is read, a chunk at a time (prefill_videonsa.py).
+- Images and videos are encoded as the prompt is read, a chunk at a time
+  (media_features_videonsa.py).
 
 `generate` and `create_masks_for_generate` are public. The methods that begin with `_` are private
 ones of transformers' GenerationMixin, as versions 5.17 to 5.24 call them (5.17 has no
@@ -18,9 +19,9 @@ from torch import nn
 from transformers import GenerationMixin
 
 from .library_videonsa import cache_of, create_masks_for_generate
+from .media_features_videonsa import PIXELS, PREFILL_CHUNK_SIZE, check_media, check_pixels
 from .packing_videonsa import valid_tokens
 from .positions_videonsa import positions_of_new_tokens, state_of
-from .prefill_videonsa import PIXELS, PREFILL_CHUNK_SIZE, check_media, check_pixels
 
 
 class VideoNSAGenerationMixin(GenerationMixin):

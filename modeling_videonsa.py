@@ -10,8 +10,8 @@ Only what differs from Qwen2.5-VL stands here:
 - `VideoNSAForConditionalGeneration`: the whole model, with `generate` of generation_videonsa.py.
 
 Which rows are which is found in packing_videonsa.py, positions are counted in
-positions_videonsa.py, and images and videos are encoded piece by piece by prefill_videonsa.py.
-What the branches compute is specified in nsa_reference.py.
+positions_videonsa.py, and images and videos are encoded piece by piece by
+media_features_videonsa.py. What the branches compute is specified in nsa_reference.py.
 """
 
 import functools
@@ -32,10 +32,7 @@ from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from .fused_videonsa import VideoNSAMLP, VideoNSARMSNorm, rotary
 from .generation_videonsa import VideoNSAGenerationMixin
 from .library_videonsa import cache_of, map_published_keys, order_offloaded_layers
-from .nsa_rules import gate_weights
-from .packing_videonsa import NSAPlan, make_plan, mask_of_chunk, packed_samples, valid_tokens
-from .positions_videonsa import positions_of_new_tokens, rope_index, state_in, state_of
-from .prefill_videonsa import (
+from .media_features_videonsa import (
     PIXELS,
     check_chunk_size,
     check_media,
@@ -44,6 +41,9 @@ from .prefill_videonsa import (
     put_features,
     take_media,
 )
+from .nsa_rules import gate_weights
+from .packing_videonsa import NSAPlan, make_plan, mask_of_chunk, packed_samples, valid_tokens
+from .positions_videonsa import positions_of_new_tokens, rope_index, state_in, state_of
 from .vision_videonsa import VideoNSAVisionTower
 
 logger = logging.get_logger(__name__)

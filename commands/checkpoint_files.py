@@ -30,7 +30,7 @@ CODE_FILES = (
     "modeling_videonsa.py",
     "packing_videonsa.py",
     "positions_videonsa.py",
-    "prefill_videonsa.py",
+    "media_features_videonsa.py",
     "generation_videonsa.py",
     "library_videonsa.py",
     "fused_videonsa.py",

@@ -18,7 +18,7 @@ import torch
 
 GIB = 2**30
 
-# Tokens of one prefill chunk; tests hold it to prefill_videonsa.py.
+# Tokens of one prefill chunk; tests hold it to media_features_videonsa.py.
 PREFILL_CHUNK_TOKENS = 16384
 # Memory of one layer per token of a chunk, in rows of hidden_size and of intermediate_size
 # activations: while its MLP runs, and while its attention runs.

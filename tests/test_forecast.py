@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from videonsa.configuration_videonsa import VideoNSAConfig
+from videonsa.media_features_videonsa import PREFILL_CHUNK_SIZE
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.nsa_kernels_tiles import ALL_HOT_UP_TO, CHUNK_QUERIES
-from videonsa.prefill_videonsa import PREFILL_CHUNK_SIZE
 from videonsa.vision_videonsa import PATCHES_PER_CHUNK
 
 from commands.forecast import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 from videonsa import generation_videonsa
-from videonsa.prefill_videonsa import MediaFeatures
+from videonsa.media_features_videonsa import MediaFeatures
 
 from tiny import VIDEO, Prompts, make_model, stock_twin
 

@@ -78,7 +78,7 @@ CALLED = [
         "transformers.vision_utils.get_vision_window_index",
         "grid_thw spatial_merge_size window_size patch_size kwargs",
     ),
-    # modeling_videonsa.py, prefill_videonsa.py
+    # modeling_videonsa.py, media_features_videonsa.py
     ("transformers.utils.can_return_tuple", "func"),
     ("transformers.PreTrainedModel._from_config", "config"),
     ("transformers.PreTrainedModel.save_pretrained", "save_original_format"),
