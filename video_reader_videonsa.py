@@ -28,6 +28,41 @@ HIGH_DYNAMIC_RANGE = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 WIDE_GAMUT = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}  # AVColorPrimaries
 
 
+class Orientation(NamedTuple):
+    """How a stored picture is shown: its axes are exchanged first, then it is mirrored."""
+
+    swap_axes: bool = False
+    flip_rows: bool = False
+    flip_columns: bool = False
+
+    def show(self, image: np.ndarray) -> np.ndarray:
+        if self.swap_axes:
+            image = image.swapaxes(0, 1)
+        return image[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
+
+
+def orientation_of(frame, name) -> Orientation:
+    """What the display matrix of a frame says, to the nearest quarter turn; `name` for notices.
+
+    Its numbers [[a, b, .], [c, d, .], ...] show the pixel of column x and row y at column
+    a x + c y, row b x + d y (ISO/IEC 14496-12, 6.2.2).
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return Orientation()
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    straight, crossed = max(abs(a), abs(d)), max(abs(b), abs(c))
+    if 0.01 < min(straight, crossed) / max(straight, crossed, 1):
+        angle = math.degrees(math.atan2(b, a))
+        logger.warning_once(
+            f"{name}: its picture is shown turned by {angle:.0f} degrees, and is read turned to "
+            "the nearest quarter."
+        )
+    if crossed > straight:
+        return Orientation(True, flip_rows=b < 0, flip_columns=c < 0)
+    return Orientation(False, flip_rows=d < 0, flip_columns=a < 0)
+
+
 class Remeasure(Exception):
     """The file was not as measured; it has been measured again. Plan it and read it again."""
 
@@ -164,8 +199,8 @@ class VideoFile:
     """A video file as PyAV decodes it, and the frames on screen at given times.
 
     duration: seconds from the first frame to the end of the last.  frames, rate: how many, per
-    second (of a file of changing rate: the mean).  height, width: of the shown picture, after
-    rotation and with square pixels.  in_order: true when seeking cannot be trusted and the file is
+    second (of a file of changing rate: the mean).  height, width: of the shown picture, turned
+    upright and with square pixels.  in_order: true when seeking cannot be trusted and the file is
     decoded from its start.
 
     Raises ValueError for a file that is empty, not a video, without a picture track, damaged at its
@@ -224,13 +259,13 @@ class VideoFile:
         self._measure()
 
     def _set_shape(self, first):
-        self.quarter_turns = round(first.rotation / 90) % 4
+        self.orientation = orientation_of(first, self.name)
         # Pixels need not be square: a DVD's 720 x 576 are shown as 1024 x 576.
         aspect = float(self.stream.sample_aspect_ratio or 1)
         if not 0.1 < aspect < 10:
             aspect = 1
         self.height, self.width = first.height, max(1, round(first.width * aspect))
-        if self.quarter_turns % 2:
+        if self.orientation.swap_axes:
             self.height, self.width = self.width, self.height
         codec = self.stream.codec_context
         colours = None
@@ -277,7 +312,7 @@ class VideoFile:
             }
         try:
             rgb = frame.reformat(format="rgb24", **how)
-            return np.rot90(rgb.to_ndarray(), self.quarter_turns)
+            return self.orientation.show(rgb.to_ndarray())
         except av.FFmpegError as error:
             raise self._error(f"has a frame that cannot be shown ({error.strerror})") from error
 

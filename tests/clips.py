@@ -108,16 +108,42 @@ def write_clip(
     return path
 
 
-def turned_quarter(folder):
-    """An upright 160 x 96 (height x width) picture stored lying on its side, as phones do."""
-    path = write_clip(
-        folder / "turned.mp4", 20, paint=lambda n, h, w: np.rot90(frame_image(n, w, h)).copy()
-    )
+# What display matrices do to the column x and row y of a stored pixel: (a, b, c, d) show it at
+# column a x + c y and row b x + d y. Phones write turns, front cameras and editors the others.
+DISPLAYED = {
+    "upright": (1, 0, 0, 1),
+    "a quarter to the right": (0, 1, -1, 0),
+    "half a turn": (-1, 0, 0, -1),
+    "a quarter to the left": (0, -1, 1, 0),
+    "left and right exchanged": (-1, 0, 0, 1),
+    "top and bottom exchanged": (1, 0, 0, -1),
+    "axes exchanged": (0, 1, 1, 0),
+    "axes exchanged and half a turn": (0, -1, -1, 0),
+}
+
+
+def displayed(folder, a, b, c, d, name="displayed.mp4"):
+    """2 s of upright pictures, 160 x 96 (height x width) where axes are exchanged, else 96 x 160,
+    stored as 96 x 160 so that the display matrix (a, b, c, d) of 0 and 1 shows them."""
+
+    def stored(number, height, width):
+        y, x = np.mgrid[:height, :width]
+        column, row = a * x + c * y, b * x + d * y
+        column, row = column - column.min(), row - row.min()
+        return frame_image(number, row.max() + 1, column.max() + 1)[row, column]
+
+    path = write_clip(folder / name, 20, paint=stored)
+    set_display_matrix(path, a, b, c, d)
+    return path
+
+
+def set_display_matrix(path, a, b, c, d):
+    """Writes numbers up to 1 into the header of an MP4's first track."""
     data = bytearray(path.read_bytes())
     matrix = data.index(b"tkhd") + 44  # 3 x 3 of big-endian fixed-point numbers
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    a, b, c, d = (round(65536 * number) for number in (a, b, c, d))
+    data[matrix : matrix + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
-    return path
 
 
 def no_frame_count(folder, suffix):

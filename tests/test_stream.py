@@ -89,7 +89,7 @@ def check_equal(streamed, whole, grids=1):
 
 CLIPS = {
     "plain": lambda folder: folder / "plain.mp4",
-    "turned": clips.turned_quarter,
+    "mirrored": lambda folder: clips.displayed(folder, *clips.DISPLAYED["axes exchanged"]),
     "without a count": lambda folder: clips.no_frame_count(folder, ".mkv"),
     "changing rate": clips.changing_rate,
     "one frame": clips.one_frame,

@@ -112,11 +112,27 @@ def test_the_numbers_of_an_ordinary_file(processor, folder):
     assert out["second_per_grid_ts"].tolist() == pytest.approx([2 * 2.03 / 4])
 
 
-def test_a_turned_video_comes_upright(processor, folder):
-    frames, _, out = read(processor, clips.turned_quarter(folder), fps=2)
+@pytest.mark.parametrize("shown", clips.DISPLAYED)
+def test_a_turned_or_mirrored_video_comes_upright(processor, folder, caplog, shown):
+    matrix = clips.DISPLAYED[shown]
+    frames, metadata, out = read(processor, clips.displayed(folder, *matrix), fps=2)
     assert all(map(clips.is_upright, frames))
-    assert out["video_grid_thw"].tolist() == [[2, 10, 6]]  # 140x84 of 160x96
     assert [clips.number_in(frame) for frame in frames] == [0, 5, 10, 15]
+    tall = matrix[0] == 0
+    assert (metadata.height, metadata.width) == ((160, 96) if tall else (96, 160))
+    assert out["video_grid_thw"].tolist() == [[2, 10, 6] if tall else [2, 6, 10]]
+    assert not caplog.messages
+
+
+def test_a_display_matrix_of_no_quarter_turns(processor, folder, caplog):
+    """Shown at an angle: read as the nearest quarter turn, and said; zeros mean nothing."""
+    path = clips.displayed(folder, *clips.DISPLAYED["a quarter to the right"], name="askew.mp4")
+    clips.set_display_matrix(path, 0.17, 0.98, -0.98, 0.17)
+    assert all(map(clips.is_upright, read(processor, path, fps=2)[0]))
+    assert "askew.mp4: its picture is shown turned by 80 degrees, and is read" in caplog.text
+    path = clips.displayed(folder, *clips.DISPLAYED["upright"], name="zeros.mp4")
+    clips.set_display_matrix(path, 0, 0, 0, 0)
+    assert all(map(clips.is_upright, read(processor, path, fps=2)[0]))
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".webm"])
