@@ -151,7 +151,6 @@ class Conversations(Dataset):
 
     def prepare(self, messages) -> Prepared:
         """Plans a conversation's videos within the token budget."""
-        image_tokens = self._load_images(messages)
         for part in all_parts(messages):
             if part["type"] == "video":
                 rated = not RATES.isdisjoint(part)
@@ -164,8 +163,9 @@ class Conversations(Dataset):
         kinds = [part["type"] for part in all_parts(messages) if part["type"] in MEDIA]
         if int(torch.isin(ids, self.placeholders).sum()) != len(kinds):
             raise ValueError("the text itself contains a placeholder of an image or video")
-        note, fixed = "", len(ids) - len(kinds) + sum(image_tokens)
         planned, plans = self.processor.plan_videos(messages)
+        image_tokens = self._load_images(planned)
+        note, fixed = "", len(ids) - len(kinds) + sum(image_tokens)
         total = fixed + sum(plan.tokens for plan in plans)
         if self.max_tokens is not None and total > self.max_tokens:
             over = f"{total:,} tokens, over the limit of {self.max_tokens:,}"

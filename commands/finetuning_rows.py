@@ -16,8 +16,10 @@ is skipped. docs/training.md lists all that is taken.
 import json
 import math
 import re
+from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from message_parts_videonsa import SOURCE_KEYS, plain_source, read_part
@@ -35,27 +37,45 @@ SETTINGS = {"video_start", "video_end", "min_frames", "max_frames", "min_pixels"
 SETTINGS |= {"total_pixels", "resized_height", "resized_width"}
 # What would change the meaning of a row and is not read.
 REFUSED = {"audio", "audios", "objects", "tools", "chosen", "rejected", "rejected_response"}
-REFUSED |= {"options", "choices", "candidates", "context", "system_prompt", "loss", "weight"}
+REFUSED |= {"context", "system_prompt", "loss", "weight"}
+# Options of a question in columns of their own: "options", "option_a", "choice1", ...
+OPTIONS = re.compile(
+    r"(?:mc_?|mcq_?|answer_?|multiple_?choice_?)?(?:option|opt|choice|candidate|distractor)s?"
+    r"(?:_?(?:\d+|[a-z]|text|list)s?)?|(?:wrong|incorrect|false)_?(?:answer|option|choice)s?_?\d*",
+    re.I,
+)
+# ... or as NExT-QA and tables of letters have them; such a name alone may be anything.
+NUMBERED_OPTION = re.compile(r"(?:a|ans|answer)_?\d|[A-H]", re.I)
 # What might be a setting or a note about the file.
 UNCLEAR = {"fps", "num_frames", "nframes", "start", "end", "start_time", "end_time"}
 UNCLEAR |= {"start_sec", "end_sec", "clip_start", "clip_end", "start_frame", "end_frame"}
 UNCLEAR |= {"clip", "segment", "begin", "sample_fps"}
 # What a part of a video may say besides.
-PART_SETTINGS = SETTINGS | {"fps", "sample_fps", "num_frames", "nframes", "max_tokens"}
-PART_SETTINGS |= {"do_sample_frames", "do_resize"}
+PART_SETTINGS = {"image": {"min_pixels", "max_pixels", "resized_height", "resized_width"}}
+PART_SETTINGS["video"] = SETTINGS | {"fps", "sample_fps", "num_frames", "nframes", "max_tokens"}
+PART_SETTINGS["video"] |= {"do_sample_frames", "do_resize"}
 # Names under which people keep media, and which are not read.
 FILE_KEY = re.compile(
     r"(?:video|vid|image|img|picture|frame|media|clip|file)s?_?\d*"
     r"(?:_?(?:path|file|name|url|uri|link|src|bytes|id)s?)?|paths?|urls?|mp4|webm",
     re.I,
 )
-# Those that can only name a file, whatever stands under them.
-FILE_NAME_KEY = re.compile(
-    r"(?:video|vid|image|img|picture|frame|clip)s?_?(?:path|file|url|uri|link|src)s?", re.I
+# Words of a name that is about a medium, whatever stands under it: "video_id", "imageFile".
+MEDIUM_WORD = re.compile(
+    r"(?:^|[\W_])(?:videos?|vid|clips?|frames?|images?|img|pictures?|photos?|youtube|yt)(?:[\W_\d]|id|$)"
+    r"|^(?:video|vid|image|img)(?=[A-Z])",
+    re.I,
 )
-# A medium's place in a text, also as LLaVA and Qwen's own template write it.
+# A medium's place in a text, also as LLaVA, VideoChat and Qwen's own template write it.
 TAG = re.compile(
-    r"\s*(?:<(image|video)>|<\|vision_start\|><\|(image|video)_pad\|><\|vision_end\|>)\s*", re.I
+    r"\s*(?:<(image|video)>(?:<\1here>)?(?:\s*</\1>)?|<(image|video)here>|<\|(image|video)\|>"
+    r"|<\|vision_start\|><\|(image|video)_pad\|><\|vision_end\|>)\s*",
+    re.I,
+)
+# What else might be one: "<image 1>", "<img>a.png</img>", "<frame_3>".
+ODD_TAG = re.compile(
+    r"<[|/]?(?:image|img|video|vid|vision|frame|media|clip|picture|audio|sound)[^<>\n]{0,100}>",
+    re.I,
 )
 CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
 PICTURES = set(Image.registered_extensions())
@@ -84,16 +104,18 @@ def parse_row(row) -> list[dict]:
     """The messages of a row with media as it names them; looks at no file."""
     if not isinstance(row, dict):
         raise ValueError(f"a row is an object with messages or conversations, not {_short(row)}")
-    given = {key: _decoded(key, value) for key, value in row.items()}
+    given = {key: _plain(_decoded(key, value)) for key, value in row.items()}
     row = {key: value for key, value in given.items() if not _is_empty(value)}
     if refused := sorted(REFUSED & row.keys()):
         raise ValueError(f"the row has {', '.join(refused)}, which is not supported: remove it")
+    _check_options(row)
     turns = _turns(row)
     media = {kind: _listed(row, kind, _count_tags(turns)) for kind in MEDIA}
     has_media = any(media.values())
     messages = [_message(turn, media, has_media) for turn in turns]
     _place_first(messages, media)
     _check_lost_media(messages, row, given)
+    _check_sources(messages)
     _set_for_one_video(messages, row)
     _check_control_tokens(messages)
     if not any(one["role"] == "assistant" and one.get("loss", True) for one in messages):
@@ -123,11 +145,42 @@ def _parts_in_json(content):
     return parts if all(isinstance(part, dict) and "type" in part for part in parts) else content
 
 
+def _plain(value):
+    """What libraries of arrays and tables hold as Python's own types; NaN and NA as None.
+
+    Arrays of numbers are pixels, and stay.
+    """
+    if isinstance(value, np.generic) or (
+        isinstance(value, np.ndarray) and value.dtype.kind in "OUS"
+    ):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, (float, Decimal)) and math.isnan(value):
+        return None
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else str(value)
+    return None if type(value).__name__ in ("NAType", "NaTType") else value
+
+
 def _is_empty(value):
-    """Whether a cell of a table holds nothing: null, NaN or no item."""
-    if isinstance(value, float) and math.isnan(value):
-        return True
-    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
+    """Whether a cell of a table holds nothing."""
+    if isinstance(value, list):
+        return all(one is None for one in value)
+    return value is None or (isinstance(value, (str, dict)) and not value)
+
+
+def _check_options(row):
+    """Raises ValueError for options in columns of their own, which the question would lack."""
+    found = [key for key in row if OPTIONS.fullmatch(str(key))]
+    numbered = [key for key in row if NUMBERED_OPTION.fullmatch(str(key))]
+    if found := found + (numbered if len(numbered) > 1 else []):
+        raise ValueError(
+            f"the row has {', '.join(found)}, as options of its question: they are not read; write "
+            "them into the question's text ('A. ...'), and the answer as it is to be given there"
+        )
 
 
 def _short(value):
@@ -280,8 +333,7 @@ def _parts(item, role, media, has_media):
         yield from _split(str(part.get("text", "")), role, media, has_media)
         return
     source = part.pop(kind, None)
-    supported = PART_SETTINGS if kind == "video" else set()
-    if unknown := sorted(part.keys() - supported):
+    if unknown := sorted(part.keys() - PART_SETTINGS[kind]):
         raise ValueError(
             f"{ARTICLES[kind]} has {', '.join(unknown)}, which is not supported: remove it"
         )
@@ -290,17 +342,18 @@ def _parts(item, role, media, has_media):
 
 def _split(text, role, media, has_media):
     """Yields a text's pieces and the media at its tags; a tag of a row without media is text."""
-    if role == "assistant":  # an answer may speak of tags, once all media have their place
+    if role != "user":  # an answer may speak of tags, once all media have their place
         if TAG.search(text) and any(media.values()):
+            article = "an" if role == "assistant" else "the"
             raise ValueError(
-                "an assistant's turn has a tag of an image or video: put it into a user's turn"
+                f"{article} {role}'s turn has a tag of an image or video: put it into a user's turn"
             )
         has_media = False
     place = 0
     for tag in TAG.finditer(text) if has_media else ():
         if piece := text[place : tag.start()]:
             yield {"type": "text", "text": piece}
-        kind = (tag[1] or tag[2]).lower()
+        kind = tag[tag.lastindex].lower()
         kind = kind if media[kind] else "video"  # LLaVA-Video marks a video's place with <image>
         yield {"type": kind, kind: _next(media, kind)}
         place = tag.end()
@@ -396,27 +449,27 @@ def _check_lost_media(messages, row, given):
         if not has_media:  # then it may also be under a longer name, or have an unusual one itself
             last = key.rpartition("_")[2]
             named = named or (FILE_KEY.fullmatch(last) and _looks_like_media(row[key]))
-            named = named or FILE_NAME_KEY.fullmatch(key)
+            named = named or (row[key] and MEDIUM_WORD.search(key))
         if named:
             raise ValueError(
-                f"the row has {key}, which is not supported: media are {', '.join(MEDIA)} "
+                f"the row has {key}, which is not read: give its file as {', '.join(MEDIA)} "
                 "or their plurals"
             )
-    if has_media:
-        for message in messages:
-            texts = [part["text"] for part in message["content"] if part["type"] == "text"]
-            if message["role"] == "user" and (tag := TAG.search("\n".join(texts))):
-                raise ValueError(f"the text has more {tag[0].strip()} tags than the row has media")
-        return
     empty = sorted(key for key in given.keys() & read if _is_empty(given[key]))
     for message in messages:
-        text = "\n".join(part["text"] for part in message["content"])
+        if message["role"] == "assistant":
+            continue
+        text = "\n".join(part.get("text", "") for part in message["content"])
         tag = TAG.search(text)
-        if (
-            message["role"] == "user"
-            and tag
-            and (empty or tag.start() == 0 or tag.end() == len(text))
-        ):
+        if tag and has_media:
+            raise ValueError(f"the text has more {tag[0].strip()} tags than the row has media")
+        tag = tag or ODD_TAG.search(text)
+        if tag and has_media:
+            raise ValueError(
+                f"the text has {tag[0]}, which is not read: mark the place of each medium with "
+                "<video> or <image>, in the order in which the row has them"
+            )
+        if tag and (empty or tag.start() == 0 or tag.end() == len(text)):
             what = f"its {empty[0]} is empty" if empty else "it has no image or video"
             raise ValueError(f"the row's text has {tag[0].strip()}, but {what}")
 
@@ -429,6 +482,18 @@ def _looks_like_media(value):
     if isinstance(value, bytes):
         return True
     return isinstance(value, str) and Path(value).suffix.lower() in PICTURES | FILMS
+
+
+def _check_sources(messages):
+    for part in all_parts(messages):
+        if part["type"] in MEDIA:
+            source = part[part["type"]]
+            for one in source if isinstance(source, list) else [source]:
+                if one is None or isinstance(one, (bool, int, float)):
+                    raise ValueError(
+                        f"{ARTICLES[part['type']]} is given as {one}; a path, an address or the "
+                        "file's content was wanted"
+                    )
 
 
 def _set_for_one_video(messages, row):

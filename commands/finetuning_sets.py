@@ -7,6 +7,7 @@ finetuning_rows.py. Pictures and videos that a data set holds inside stay as the
 
 import csv
 import dataclasses
+import io
 import json
 import random
 import re
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from commands.finetuning_rows import ANSWERS, LISTS, QUESTIONS
 
+# What a table may write where there is nothing.
+NO_VALUE = {"", "NaN", "nan", "None", "null", "NULL", "<NA>"}
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
@@ -71,9 +74,17 @@ def read_rows(name: str) -> tuple[Sequence, Path]:
     return _undecoded(rows, datasets), path if path.is_dir() else Path()
 
 
+def _read_text(path):
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}): save it anew.") from error
+
+
 def _read_json(path):
     """Rows of a JSON file, or of JSON Lines, whichever the file's name says."""
-    text = path.read_text(encoding="utf-8-sig")
+    text = _read_text(path)
     try:
         content = json.loads(text)
     except json.JSONDecodeError as whole:
@@ -89,32 +100,53 @@ def _read_json(path):
         return rows
     if isinstance(content, list):
         return content
-    if isinstance(content, dict) and not content.keys().isdisjoint((*LISTS, *QUESTIONS, *ANSWERS)):
+    if _is_row(content):
         return [content]  # JSON Lines of one row
-    values = list(content.values()) if isinstance(content, dict) else []
-    if len(lists := [value for value in values if _is_rows(value)]) == 1:  # {"data": [rows]}
-        return lists[0]
-    if _is_rows(values):  # {"id": row, ...}
-        return values
+    # {"id": row, ...}, {"info": ..., "data": [rows]} or {"info": ..., "data": {"id": row, ...}}
+    named = {"": content, **content} if isinstance(content, dict) else {}
+    found = {name: rows for name, value in named.items() if (rows := _rows_in(value))}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    what = f"rows in each of {', '.join(found)}" if found else "neither a list of rows nor one row"
     raise ValueError(
-        f"{path} holds neither a list of rows nor one row: give a list of objects, each with "
-        "messages or conversations, or one object a line."
+        f"{path} holds {what}: give a list of objects, each with messages or conversations, or one "
+        "object a line."
     )
 
 
-def _is_rows(value):
-    return isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+def _is_row(value):
+    return isinstance(value, dict) and not value.keys().isdisjoint((*LISTS, *QUESTIONS, *ANSWERS))
+
+
+def _rows_in(value):
+    """The objects that a list or an object holds, if any of them is a row; else none."""
+    values = list(value.values()) if isinstance(value, dict) else value
+    is_list = isinstance(values, list) and all(isinstance(one, dict) for one in values)
+    return values if is_list and any(map(_is_row, values)) else []
 
 
 def _read_table(path, delimiter):
-    """Rows of a .csv or .tsv file with a header; empty cells are None."""
+    """Rows of a .csv or .tsv file with a header; cells that pandas reads as empty are None."""
     csv.field_size_limit(sys.maxsize)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter=delimiter))
+    text = _read_text(path)
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        if delimiter != "\t":
+            raise ValueError(f"{path} is no CSV: {error}. Put quotes in cells twice.") from error
+        # Then its quotes are no more than that.
+        rows = [line.split("\t") for line in re.split(r"\r\n|\r|\n", text)]
+    header, *rows = [row for row in rows if row not in ([], [""])] or [[]]
+    header = [name.strip() for name in header]
+    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+        raise ValueError(f"{path} has several columns {', '.join(twice)}: leave one of each.")
     for number, row in enumerate(rows, start=1):
-        if None in row or None in row.values():
+        if len(row) != len(header):
             raise ValueError(f"{path}: row {number} and the header differ in their cells.")
-    return [{key: value or None for key, value in row.items()} for row in rows]
+    return [
+        {key: None if value in NO_VALUE else value for key, value in zip(header, row, strict=True)}
+        for row in rows
+    ]
 
 
 def _undecoded(rows, datasets):

@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import shutil
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -101,6 +103,21 @@ TURNS = [user("<video>What?"), answer("red")]
          [("user", "<a.mp4>Which tag?"), ("assistant", "The <video> tag.")]),
         ({"video": "", "messages": [user("1 + 1?"), answer("2")]},
          [("user", "1 + 1?"), ("assistant", "2")]),
+        *(
+            ({"video": "a.mp4", "messages": [user(f"{tag}What?"), answer("red")]}, ASKED)
+            for tag in ("<video></video>", "<Video> </Video>\n", "<VideoHere>", "<ImageHere>",
+                        "<Video><VideoHere></Video>\n", "<|video|>", "<|image|>")
+        ),
+        *(
+            ({"video": "a.mp4", "question": "What?", "answer": number},
+             [ASKED[0], ("assistant", learned)])
+            for number, learned in ((np.int64(3), "3"), (np.float32(2.5), "2.5"), (Decimal(3), "3"),
+                                 (Decimal("3.50"), "3.50"), (np.str_("red"), "red"))
+        ),
+        ({"videos": np.array(["a.mp4"], object), "messages": np.array(TURNS)}, ASKED),
+        ({"video": "a.mp4", "messages": [*TURNS[:1], answer(np.array(["red"], object))]}, ASKED),
+        ({"video": np.float64("nan"), "a": "x", "messages": [user("1 + 1?"), answer("2")]},
+         [("user", "1 + 1?"), ("assistant", "2")]),
         ({"video": "a.mp4", "video_name": "a.mp4", "id": 7, "duration": 3.5, "messages": TURNS},
          ASKED),
     ],
@@ -157,9 +174,39 @@ def test_settings_beside_a_video_are_the_videos():
         ({"messages": [user([{"type": "image_url",
                               "image_url": {"url": "b.png", "detail": "low"}}]), answer("x")]},
          "an image has detail"),
-        ({"messages": [user([{"type": "image", "image": "b.png", "max_pixels": 784}]),
+        ({"messages": [user([{"type": "image", "image": "b.png", "max_frames": 1}]),
                        answer("x")]},
-         "an image has max_pixels"),
+         "an image has max_frames"),
+        *(
+            ({"video": "a.mp4", "question": "?", "answer": "A", **dict.fromkeys(keys, "x")},
+             f"has {', '.join(keys)}, as options")
+            for keys in (["a0", "a1"], ["option_a", "option_b"], ["A", "B"], ["choices"],
+                         ["option"], ["candidates"], ["answer_choices"], ["option1"],
+                         ["mc_options"], ["wrong_answers"])
+        ),
+        *(
+            ({"video": "a.mp4", "messages": [user(f"{tag}What?"), answer("x")]},
+             f"the text has {re.escape(tag[:5])}.*not read")
+            for tag in ("<img>b.png</img>", "<image 1>", "<|image_1|>", "<Frame 2>", "<video_0>",
+                        "<img src='b.png'>", "<VIDEO_PLACEHOLDER>")
+        ),
+        ({"video": "a.mp4", "messages": [user("<video>b.mp4</video>?"), answer("x")]},
+         "the text has </video>"),
+        ({"messages": [user("<VideoHere>What?"), answer("x")]}, "no image or video"),
+        ({"messages": [user("<img>b.png</img>What?"), answer("x")]}, "no image or video"),
+        ({"video": "a.mp4", "messages": [{"role": "system", "content": "<video>"}, *TURNS]},
+         "the system's turn has a tag"),
+        ({"messages": [user("?"), answer(float("nan"))]}, "a turn has a role .* and text"),
+        ({"video": 4010069381, "question": "?", "answer": "x"}, "a video is given as 4010069381"),
+        ({"videos": [["1.png", float("nan")]], "question": "?", "answer": "x"},
+         "a video is given as None"),
+        ({"messages": [user([video(float("nan")), text("?")]), answer("x")]}, "more <video> tags"),
+        ({"videos": [None], "messages": TURNS}, "its videos is empty"),
+        *(
+            ({key: "v_1QIUV7WYKXg", "question": "?", "answer": "x"}, f"has {key}, which is not")
+            for key in ("video_name", "video_id", "vid", "videoID", "Video", "clip_uid", "image_id",
+                        "youtube_id", "source_video")
+        ),
         ({"messages": [user([{"type": "video", "video": "a.mp4", "path": "b.mp4"}]), answer("x")]},
          "has video and path"),
         ({"messages": [user([video(), text("<video>\nWhat?")]), answer("x")]}, "more <video> tags"),
@@ -247,6 +294,11 @@ def test_answers_that_are_not_learned_have_no_labels(processor, folder):
         ("lines.json", "\n".join([json.dumps(ROW)] * 2).encode(), 2),
         ("one.json", json.dumps(ROW).encode(), 1),
         ("keyed.json", json.dumps({"version": 1, "data": [ROW, ROW]}).encode(), 2),
+        (
+            "info.json",
+            json.dumps({"info": [{"by": "us"}], "rows": {"a": ROW, "b": ROW}}).encode(),
+            2,
+        ),
         ("dict.json", json.dumps({"a": ROW, "b": ROW}).encode(), 2),
         ("set.JSONL", json.dumps(ROW).encode(), 1),
     ],
@@ -264,9 +316,54 @@ def test_files_that_hold_no_rows_say_so(tmp_path):
     (tmp_path / "none.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="neither a list of rows nor one row"):
         read_rows(str(tmp_path / "none.json"))
-    (tmp_path / "short.csv").write_text("video,question,answer\na.mp4,What?\n")
-    with pytest.raises(ValueError, match="row 1 and the header differ"):
-        read_rows(str(tmp_path / "short.csv"))
+    (tmp_path / "two.json").write_text(json.dumps({"train": [ROW], "test": {"a": ROW}}))
+    with pytest.raises(ValueError, match="rows in each of train, test"):
+        read_rows(str(tmp_path / "two.json"))
+    for content, words in (
+        ("video,question,answer\na.mp4,What?\n", "row 1 and the header differ"),
+        ("video,answer,question,answer\na.mp4,red,What?,blue\n", "several columns answer"),
+        ('question,answer\n"What" is it?,red\n', "no CSV"),
+        ('question,answer\n"What is it?,red\n', "no CSV"),
+    ):
+        (tmp_path / "odd.csv").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            read_rows(str(tmp_path / "odd.csv"))
+    (tmp_path / "wide.csv").write_text("question,answer\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="wide.csv is not in UTF-8"):
+        read_rows(str(tmp_path / "wide.csv"))
+
+
+@pytest.mark.parametrize("empty", ["", "NaN", "nan", "None", "null", "NULL", "<NA>"])
+def test_what_a_table_writes_for_nothing_is_nothing(tmp_path, empty):
+    (tmp_path / "a.csv").write_text(f"video, question,answer\n{empty},?,x\na.mp4,?,{empty}\n")
+    rows, _ = read_rows(str(tmp_path / "a.csv"))
+    assert rows[0] == {"video": None, "question": "?", "answer": "x"}
+    with pytest.raises(ValueError, match="the row has question, where"):
+        parse_row(rows[1])
+
+
+def test_a_quote_in_a_tsv_is_a_quote_unless_all_are_in_pairs(tmp_path):
+    (tmp_path / "a.tsv").write_text('question\tanswer\n"Hi" he said?\t"x\n\ny\tz\n')
+    rows = [list(row.values()) for row in read_rows(str(tmp_path / "a.tsv"))[0]]
+    assert rows == [['"Hi" he said?', '"x'], ["y", "z"]]
+    (tmp_path / "a.tsv").write_text('question\tanswer\n"a\tb ""c"""\tx\n')
+    assert read_rows(str(tmp_path / "a.tsv"))[0] == [{"question": 'a\tb "c"', "answer": "x"}]
+
+
+def test_an_image_may_have_bounds_of_its_size(processor, folder):
+    Image.new("RGB", (280, 280), "red").save(folder / "large.png")
+    data = Conversations([str(write_rows(folder / "one.jsonl", [ROW]))], processor)
+    for settings, grid in (
+        ({}, [1, 8, 8]),
+        ({"max_pixels": 56 * 56}, [1, 4, 4]),
+        ({"resized_height": 56, "resized_width": 84}, [1, 4, 6]),
+    ):
+        part = {"type": "image", "image": "large.png", **settings}
+        row = {"messages": [user([part, text("?")]), answer("x")]}
+        item = data.encode(data.prepare(to_messages(row, folder)))
+        assert item["image_grid_thw"].tolist() == [grid]
+        image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        assert (item["input_ids"] == image).sum() == item["image_grid_thw"].prod() // 4
 
 
 def test_tables_with_questions_need_no_other_library(tmp_path, monkeypatch):
