@@ -131,7 +131,8 @@ class PlannedFile(_Planned):
             times = self.seconds
         elif times is None:
             # Times at the file's own rate; which frames there are has not been seen.
-            times = [int((s + file.CLOSE) * file.rate) / file.rate for s in self.seconds]
+            close = min(file.CLOSE, 0.5 / file.rate)
+            times = [int((s + close) * file.rate) / file.rate for s in self.seconds]
         # A rate at which the frames taken are what the plan says apart.
         total = max(1, round(plan.duration * file.rate))
         rate = total / plan.duration

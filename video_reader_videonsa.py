@@ -209,7 +209,8 @@ class VideoFile:
 
     # Seeking in these lands on the wrong frame or loses the first second.
     IN_ORDER = ("avi", "mpeg")
-    # Two times closer than this are one; containers round to a millisecond.
+    # Containers round times to a millisecond: a frame that comes by this much too late is on
+    # screen already, if it is nearer than the one before.
     CLOSE = 1e-3
     # Frames that decode faster than a seek past them.
     WORTH_SEEKING = 10
@@ -328,7 +329,7 @@ class VideoFile:
     def _packets_from_start(self) -> Packets:
         if self.container is not None and not self.in_order:
             packets = self._read_packets(0)
-            if packets.times and abs(packets.times[0]) <= self.CLOSE:
+            if packets.times and packets.times[0] == 0:
                 return packets
         self._open()
         return self._read_packets()
@@ -341,7 +342,7 @@ class VideoFile:
             raise self._error("has no frame that can be decoded")
         for second in seconds:
             key = self._key_before(second)
-            while ahead is not None and ahead.time <= second + self.CLOSE:
+            while ahead is not None and self._is_on_screen(ahead.time, held.time, second):
                 held = ahead
                 gap = second - held.time > self.key_gap
                 if not self.in_order and (gap or key - held.time > self.WORTH_SEEKING / self.rate):
@@ -354,6 +355,11 @@ class VideoFile:
             elif late and ahead.lost is not None and ahead.lost <= second + self.CLOSE:
                 raise self._error(f"is damaged around {second:.1f} s")
             yield held.time, held.frame
+
+    def _is_on_screen(self, time, before, second):
+        """Whether the frame of this time is on screen, or still that of the time `before`."""
+        early = time - second
+        return early <= 0 or (early <= self.CLOSE and early < second - before)
 
     def _check_end(self, last, second):
         """`last` is the time of the last frame that decoded, `second` one that is asked for."""
@@ -387,7 +393,7 @@ class VideoFile:
                 first = next(frames, None)
             except av.FFmpegError:
                 first = None
-            if first is not None and first.time <= second + self.CLOSE:
+            if first is not None and first.time <= second:
                 break
             step = max(1.0, 2 * step)
         else:
@@ -407,7 +413,7 @@ class VideoFile:
                 first = next(frames, None)
             except av.FFmpegError:
                 first = None
-            if first is not None and abs(first.time) <= self.CLOSE:
+            if first is not None and first.time == 0:
                 return chain([first], frames)
         self._open()
         return self._decode()
@@ -572,7 +578,7 @@ class VideoFile:
                     continue
                 count += 1
                 # Before the first frame is what could not be decoded.
-                if time is not None and time > -self.CLOSE:
+                if time is not None and time > -self.tick / 2:
                     times.append(time)
                     last = max(last, (time, (packet.duration or 0) * self.tick))
         except av.FFmpegError:

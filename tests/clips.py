@@ -59,6 +59,7 @@ def write_clip(
     codec="libx264",
     rate=10,
     times_ms=None,
+    tick=Fraction(1, 1000),
     pixels="yuv420p",
     options=None,
     container=None,
@@ -70,7 +71,8 @@ def write_clip(
 ):
     """Writes frames 0 to count - 1 and returns the path.
 
-    times_ms: each frame's time in milliseconds, instead of the constant `rate`.
+    times_ms: each frame's time in milliseconds, instead of the constant `rate`; they are counted
+    in steps of `tick` seconds.
     late: seconds that every packet is moved by.  sound: seconds of a tone beside the picture.
     container: options of the file format.  context: attributes of the encoder.
     """
@@ -83,7 +85,10 @@ def write_clip(
             tone = file.add_stream("aac", rate=16000, layout="mono")
         for name, value in (context or {}).items():
             setattr(stream.codec_context, name, value)
-        tick = Fraction(1, 1000) if times_ms else Fraction(1, rate)
+        if times_ms:
+            stamps = [round(ms / 1000 / tick) for ms in times_ms]
+        else:
+            stamps, tick = range(count), Fraction(1, rate)
         stream.codec_context.time_base = tick
 
         def write(packets):
@@ -95,7 +100,7 @@ def write_clip(
 
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(paint(number, height, width), format="rgb24")
-            frame.pts, frame.time_base = (times_ms[number] if times_ms else number), tick
+            frame.pts, frame.time_base = stamps[number], tick
             write(stream.encode(frame))
         write(stream.encode())
         if tone:
@@ -164,6 +169,21 @@ def changing_rate(folder):
         times_ms=CHANGING_RATE_MS,
         options={"bf": "0"},
         container={"video_track_timescale": "1000"},
+    )
+
+
+IN_PAIRS_MS = [100 * (i // 2) + 0.5 * (i % 2) for i in range(40)]
+
+
+def in_pairs(folder, suffix):
+    """2 s of 40 frames, every other one half a millisecond after the one before."""
+    return write_clip(
+        folder / f"pairs{suffix}",
+        40,
+        rate=2000,
+        times_ms=IN_PAIRS_MS,
+        tick=Fraction(1, 2000),
+        options={"g": "10", "bf": "2"},
     )
 
 

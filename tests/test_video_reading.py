@@ -388,6 +388,35 @@ def test_every_frame_of_a_changing_rate(processor, folder):
     assert streamed["video_metadata"][0].timestamps == pytest.approx(times, abs=1e-3)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".nut"])
+def test_frames_that_are_half_a_millisecond_apart(processor, folder, suffix):
+    path, times = clips.in_pairs(folder, suffix), [ms / 1000 for ms in clips.IN_PAIRS_MS]
+    frames, metadata, _ = read(processor, path, do_sample_frames=False)
+    assert [clips.number_in(frame) for frame in frames] == list(range(40))
+    with VideoFile(str(path)) as file:
+        assert file.frame_times() == pytest.approx(times)
+        for wanted in (times[1::2], times[::2], times[3:6], times[-1:]):
+            shown = [clips.number_in(file.image(frame)) for _, frame in file.frames_at(wanted)]
+            assert shown == [times.index(second) for second in wanted]
+
+
+@pytest.mark.parametrize("rate", [960, 1000, 2000, 5000])
+@pytest.mark.parametrize("gop", ["1", "25"])
+def test_a_slow_motion_camera(processor, folder, rate, gop):
+    """Hundreds of frames a second: each is taken once, and is where the metadata says."""
+    path = clips.write_clip(folder / "slow.mp4", 100, rate=rate, options={"g": gop})
+    every = {"fps": float(rate), "max_frames": 100}
+    for settings in ({"do_sample_frames": False}, every, {"num_frames": 100}):
+        frames, metadata, _ = read(processor, path, **settings)
+        assert [clips.number_in(frame) for frame in frames] == list(range(100))
+        assert metadata.frames_indices == list(range(100))
+        assert metadata.fps == pytest.approx(rate)
+    frames, *_ = read(processor, path, num_frames=10)
+    assert [clips.number_in(frame) for frame in frames] == list(range(0, 100, 10))
+    out = processor.video_processor([str(path)], stream=True, return_metadata=True, **every)
+    assert out["video_metadata"][0].frames_indices == list(range(100))
+
+
 HOLES = [(0.27, 0.275), (0.4, 0.41), (0.45, 0.48), (0.55, 0.56), (0.62, 0.7), (0.76, 0.77)]
 
 
