@@ -10,6 +10,8 @@ Commands read their rows with it, too: it imports nothing of this package.
 
 import base64
 import dataclasses
+import math
+import numbers
 import os
 import re
 from collections.abc import Mapping
@@ -21,10 +23,8 @@ KINDS = {"text": "text", "input_text": "text", "output_text": "text"}
 KINDS |= {
     name: kind for kind in ("image", "video") for name in (kind, f"{kind}_url", f"input_{kind}")
 }
-# Keys of a message under which others put its media, beside the content.
-BESIDE = {
-    name + plural: kind for name, kind in KINDS.items() if kind != "text" for plural in ("", "s")
-}
+# Keys of a message under which others put its parts, beside the content.
+BESIDE = {name + plural: kind for name, kind in KINDS.items() for plural in ("", "s")}
 # Keys under which a medium stands in its part, besides the names of its own kind.
 GENERAL_KEYS = ("url", "path", "bytes", "base64", "source")
 # Keys under which a source may stand in a dict, as data sets and OpenAI's clients write it.
@@ -46,14 +46,18 @@ def read_messages(conversation) -> list[dict]:
     conversation: a list of dicts or of message objects (dataclasses, pydantic). Other keys of a
     message stay, without those that are None, as a table writes them where there is nothing.
 
-    Raises ValueError for what is no message, and for media that stand beside the content.
+    Raises ValueError for what is no message, where there is none, and for parts that stand beside
+    the content.
     """
     conversation = getattr(conversation, "messages", conversation)
     if isinstance(conversation, (str, Mapping)) or not hasattr(conversation, "__iter__"):
         raise ValueError(
             f"A conversation is a list of messages, not {_short(conversation)}: put it into a list."
         )
-    return [_read_message(message) for message in conversation]
+    messages = [_read_message(message) for message in conversation]
+    if not messages:
+        raise ValueError("A conversation is empty; it is a list of messages.")
+    return messages
 
 
 def read_part(part) -> dict:
@@ -131,8 +135,18 @@ def describe_source(source) -> str:
     if isinstance(source, (str, os.PathLike)):
         text = os.fsdecode(source)
         payload = text[:5].lower() == "data:" or len(text) > 500
+        payload = payload or re.fullmatch(r"[\w+/=-]{200,}", text)  # base64
         return f"{text[:40]!r}... ({len(text):,} characters)" if payload else text
     return f"an object of type {type(source).__name__}"
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes of base64 in its usual or its URL-safe alphabet, with white space or without.
+
+    Raises ValueError for what is no base64.
+    """
+    text = re.sub(r"\s", "", text).rstrip("=").translate(str.maketrans("-_", "+/"))
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def is_picture(source) -> bool:
@@ -168,9 +182,15 @@ def _read_message(message):
     if given is None:
         raise ValueError(f"A message is a dict with a role and content, not {_short(message)}.")
     message = {key: value for key, value in given.items() if value is not None}
-    if "role" not in message:
+    # Calls of tools may stand alone, and a table has None where a turn says nothing.
+    if "role" not in message or not {"content", "tool_calls"} & given.keys():
         raise ValueError(
-            f"A message has a role and content, but this one has {', '.join(map(str, message))}."
+            "A message has a role and content, but this one has "
+            f"{', '.join(map(str, message)) or 'nothing'}."
+        )
+    if not isinstance(message["role"], str) or not message["role"]:
+        raise ValueError(
+            f"The role of a message is {_short(message['role'])}; it is a text, such as 'user'."
         )
     for key, kind in BESIDE.items():
         if key in message and not _is_empty(message[key]):
@@ -189,7 +209,8 @@ def _text(part):
     text = part.get("text", "")
     if "text" not in part and part:
         raise ValueError(f"A part of type 'text' has no text, but {', '.join(part)}.")
-    if not isinstance(text, (str, int, float)):
+    number = isinstance(text, numbers.Real) and not isinstance(text, bool)
+    if not isinstance(text, str) and not (number and math.isfinite(text)):
         raise ValueError(f"The text of a part is {_short(text)}; it must be a string.")
     return {**part, "text": str(text)}
 
@@ -207,7 +228,7 @@ def _medium(part, kind):
     if not names:
         return part
     rest, source = _without(part, names), part[names[0]]
-    if names == ["base64"]:
+    if names in (["base64"], ["bytes"]):
         source = {"data": source}
     if isinstance(source, Mapping):
         # OpenAI's form may have settings beside the address.
@@ -242,7 +263,14 @@ def _as_dict(item):
 
 
 def _short(item):
-    return describe_source(item) if not isinstance(item, (str, Mapping)) else repr(item)[:80]
+    """A number or a short text as it is; of all else its kind, and never a payload."""
+    if isinstance(item, numbers.Number) or (isinstance(item, str) and len(item) <= 80):
+        return repr(item)
+    if isinstance(item, str):
+        return f"a text of {len(item):,} characters"
+    if isinstance(item, Mapping):
+        return f"a dict with {', '.join(map(str, item)) or 'nothing'}"
+    return describe_source(item)
 
 
 def _from_mapping(source):
@@ -254,8 +282,8 @@ def _from_mapping(source):
             f"{', '.join(map(str, given)) or 'nothing'}."
         )
     value = given[key]
-    if key == "data" and isinstance(value, str):
-        return _decode_base64(value, "data")
+    if key in ("data", "bytes") and isinstance(value, str):  # as JSON writes bytes
+        return _decode_base64(value, key)
     return plain_source(value)
 
 
@@ -277,7 +305,7 @@ def _from_address(source):
 
 def _decode_base64(payload, head):
     try:
-        return base64.b64decode(re.sub(r"\s", "", unquote(payload)), validate=True)
+        return decode_base64(unquote(payload))
     except ValueError as error:
         raise ValueError(f"What follows {head!r} is not base64 ({error}).") from None
 

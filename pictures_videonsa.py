@@ -4,7 +4,6 @@
 message says of it.
 """
 
-import base64
 import io
 import os
 
@@ -19,6 +18,7 @@ from transformers.image_utils import (
 from transformers.utils import logging
 
 from .message_parts_videonsa import (
+    decode_base64,
     describe_source,
     is_address,
     is_animated,
@@ -221,6 +221,9 @@ def _picture_file(source, name):
     if os.path.isfile(source):
         return source
     try:
-        return io.BytesIO(base64.b64decode("".join(source.split()), validate=True))
+        content = decode_base64(source)
     except ValueError:
-        raise FileNotFoundError(f"There is no image file {name}.") from None
+        content = b""
+    if len(content) < 26:  # less than the smallest GIF: it was a name
+        raise FileNotFoundError(f"There is no image file {name}.")
+    return io.BytesIO(content)

@@ -8,12 +8,13 @@ a stream of them (pixel_stream_videonsa.py).
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from inspect import signature
 from itertools import chain, islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
@@ -378,20 +379,24 @@ CAN_SANITIZE = "sanitize_control_tokens" in signature(ProcessorMixin.apply_chat_
 class VideoNSAProcessor(Qwen2_5_VLProcessor):
     """Qwen2.5-VL's processor; each video of a message may carry settings of its own."""
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
+    def apply_chat_template(
+        self, conversation, chat_template=None, tools=None, documents=None, *args, **kwargs
+    ):
         """As Qwen2.5-VL's; a video's message may set what `plan_video` takes, for that video."""
         if kwargs.get("sanitize_control_tokens") and not CAN_SANITIZE:
             raise ValueError(
                 "sanitize_control_tokens needs transformers 5.24 or later; without it, take tokens "
                 "such as <|im_end|> out of what users type."
             )
-        if isinstance(conversation, (list, tuple)) and not conversation:
-            raise ValueError("The conversation is empty; it is a list of messages.")
-        if isinstance(conversation, (list, tuple)) and not _is_message(conversation[0]):
-            conversation = [self._bind_settings(one) for one in conversation]
+        if batched := _is_batch(conversation):
+            conversations = [self._bind_settings(one) for one in conversation]
         else:
-            conversation = self._bind_settings(conversation)
-        return super().apply_chat_template(conversation, *args, **kwargs)
+            conversations = [self._bind_settings(conversation)]
+        _warn_of_unread(conversations, str(chat_template or self.chat_template), tools, documents)
+        conversation = conversations if batched else conversations[0]
+        return super().apply_chat_template(
+            conversation, chat_template, tools, documents, *args, **kwargs
+        )
 
     def plan_videos(self, messages, max_tokens: int | None = None, **settings):
         """Plans the videos of one conversation: returns (messages, plans), a plan per video.
@@ -437,6 +442,7 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         **kwargs,
     ) -> BatchFeature:
         """As Qwen2.5-VL's; `fps` may be a list, a rate for each video, as qwen-vl-utils has it."""
+        text = _read_texts(text)
         nested = {
             (self.image_token, "image"): _count_by_sample(images, text, _count_images),
             (self.video_token, "video"): _count_by_sample(videos, text, _count_videos),
@@ -517,6 +523,21 @@ def _read_settings(given, count):
     return {**given, **settings}
 
 
+def _read_texts(text):
+    """The text of a call, or its list of texts."""
+    if text is None or isinstance(text, str):
+        return text
+    texts = text.tolist() if isinstance(text, np.ndarray) else text
+    if not isinstance(texts, (list, tuple)):
+        raise ValueError(f"text is {describe_source(text)}; it must be a string or a list of them.")
+    if not texts:
+        raise ValueError("text is an empty list; it must be a string or a list of them.")
+    for one in texts:
+        if not isinstance(one, str):
+            raise ValueError(f"text holds {describe_source(one)}; it must be a list of strings.")
+    return list(texts)
+
+
 def _count_images(images):
     if isinstance(images, (list, tuple)):
         return sum(map(_count_images, images))
@@ -548,8 +569,32 @@ def _check_samples(texts, token, kind, counts):
         )
 
 
-def _is_message(item):
-    return isinstance(item, dict) or hasattr(item, "content")
+def _is_batch(conversation):
+    """Whether this is a list of conversations, and not of messages."""
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        return False
+    return not isinstance(conversation[0], Mapping) and not hasattr(conversation[0], "content")
+
+
+def _warn_of_unread(conversations, template, tools, documents):
+    """Says what of a call a chat template leaves out, as Qwen2.5-VL's does with tools."""
+    messages = [message for messages in conversations for message in messages]
+    given = {
+        "tools": tools,
+        "documents": documents,
+        "tool_calls": any(message.get("tool_calls") for message in messages),
+    }
+    if unread := [name for name, value in given.items() if value and name not in template]:
+        logger.warning_once(
+            f"The chat template, like Qwen2.5-VL's, leaves out {' and '.join(unread)}: the model "
+            "does not see them. Say in the text of a message what it should know."
+        )
+    roles = {message["role"] for message in messages} - {"system", "user", "assistant"}
+    if unknown := sorted(role for role in roles if role not in template):
+        logger.warning_once(
+            "Qwen2.5-VL knows the roles system, user and assistant, but not "
+            f"{', '.join(unknown)}, which stands in the prompt as it is."
+        )
 
 
 def _parts(messages):

@@ -7,6 +7,8 @@ import http.server
 import io
 import tempfile
 import threading
+import traceback
+import types
 
 import numpy as np
 import pytest
@@ -88,6 +90,7 @@ FORMS = [
     lambda kind, path: {"type": kind, kind: {"path": path, "bytes": None}},
     lambda kind, path: {"type": kind, kind: {"path": "x", "bytes": open(path, "rb").read()}},
     lambda kind, path: {"type": kind, "path": "x", "bytes": open(path, "rb").read()},
+    lambda kind, path: {"type": kind, "bytes": base64.b64encode(open(path, "rb").read()).decode()},
     lambda kind, path: {
         "type": kind,
         "source": {
@@ -118,9 +121,15 @@ SOURCES = {
     "an open file": lambda path, kind: open(path, "rb"),
     "a temporary file": lambda path, kind: temporary(path.read_bytes()),
     "base64 data:": data_uri,
+    "URL-safe base64 data:": lambda path, kind: url_safe(data_uri(path, kind)),
     "data: with line ends": lambda path, kind: data_uri(path, kind).replace("A", "A\n"),
     "data: in per cents": lambda path, kind: percent_encoded(path.read_bytes(), kind),
 }
+
+
+def url_safe(address):
+    head, payload = address.split(",")
+    return f"{head},{payload.translate(str.maketrans('+/', '-_')).rstrip('=')}"
 
 
 def at_its_end(content):
@@ -172,6 +181,9 @@ REFUSED_PARTS = {
     "a number": (3, "is a dict or a text"),
     "a text elsewhere": ({"type": "text", "content": "What?"}, "has no text, but content"),
     "a list as a text": ({"type": "text", "text": ["What?"]}, "must be a string"),
+    "True as a text": ({"type": "text", "text": True}, "text of a part is True; it must be"),
+    "NaN as a text": ({"type": "text", "text": float("nan")}, "text of a part is nan; it must be"),
+    "NaN as a part": (float("nan"), "is a dict or a text, not nan"),
     "an image by its id": ({"type": "input_image", "file_id": "x"}, "no image, but file_id"),
     "an empty source": ({"type": "video", "video": {"path": None}}, "not with nothing"),
     "no comma": ({"type": "image", "image": "data:image/png;base64"}, "has no comma"),
@@ -246,11 +258,48 @@ def test_messages_in_other_shapes(processor, folder):
         ([{"from": "human", "value": "What?"}], "this one has from, value"),
         ([{"content": "What?"}], "this one has content"),
         ([{"role": "user", "content": 3}], "dict or a text"),
+        ([{"role": "user"}], "this one has role"),
+        ([{"role": "user", "contents": "What?"}], "this one has role, contents"),
+        ([{}], "this one has nothing"),
+        ([{"role": 5, "content": "What?"}], "role of a message is 5; it is a text"),
+        ([{"role": "", "content": "What?"}], "role of a message is ''; it is a text"),
+        ([{"role": b"user", "content": "What?"}], "role of a message is a file of 4 bytes"),
+        ([[{"role": "user", "content": "What?"}], []], "conversation is empty"),
     ],
 )
 def test_what_is_no_conversation_is_refused(processor, conversation, error):
+    for tokenize in (False, True):
+        with pytest.raises(ValueError, match=error):
+            processor.apply_chat_template(conversation, tokenize=tokenize)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (5, "^text is an object of type int; it must be a string"),
+        (b"What?", "^text is a file of 5 bytes; it must be a string"),
+        ([], "^text is an empty list"),
+        ([None], "^text holds an object of type NoneType"),
+        (["What?", float("nan")], "^text holds an object of type float"),
+    ],
+)
+def test_what_is_no_text_is_refused(processor, text, error):
     with pytest.raises(ValueError, match=error):
-        processor.apply_chat_template(conversation)
+        processor(text=text)
+
+
+def test_texts_and_messages_are_taken_in_types_of_others(processor):
+    expected = processor(text=["What?", "How?"])["input_ids"]
+    assert processor(text=np.array(["What?", "How?"]))["input_ids"] == expected
+    plain = message()
+    expected = processor.apply_chat_template(plain)
+    turn = types.MappingProxyType(
+        {"role": "user", "content": tuple(types.MappingProxyType(p) for p in plain[0]["content"])}
+    )
+    assert processor.apply_chat_template([turn]) == expected
+    assert processor.apply_chat_template([[turn], plain]) == [expected] * 2
+    for number in (3, 2.5, np.float32(2.5), np.int64(3)):
+        assert str(number) in processor.apply_chat_template(message({"text": number}))
 
 
 def test_parts_are_read_without_changing_them():
@@ -281,6 +330,22 @@ def test_no_payload_is_printed(processor):
                 take(processor, message(part))
             assert len(str(refused.value)) < 600
     assert describe_source(b"12345") == "a file of 5 bytes"
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_short_payloads_are_not_printed_either(processor, kind):
+    """Also not by the errors that one was raised from."""
+    short = base64.urlsafe_b64encode(np.random.default_rng(0).bytes(240)).decode()
+    sources = [short, [short], f"data:a/b;base64,{short}", {"data": short}, {"bytes": short}]
+    parts = [{"type": kind, kind: source} for source in (*sources, {"nothing": short})]
+    parts += [{"type": kind, "base64": short}, {"type": "text", "text": [short]}, [short]]
+    for content in (*([part] for part in parts), short.encode()):
+        with pytest.raises((ValueError, OSError)) as refused:
+            take(processor, [{"role": "user", "content": content}])
+        assert short[40:60] not in "".join(traceback.format_exception(refused.value))
+    with pytest.raises(ValueError) as refused:
+        take(processor, {kind: short})
+    assert short[40:60] not in str(refused.value)
 
 
 def test_control_tokens_that_users_write_can_be_kept_text(processor, folder):
@@ -584,6 +649,32 @@ def test_media_beside_the_content_are_refused_by_name(processor, key):
         assert "What is shown?" in processor.apply_chat_template([{**turn, key: nothing}])
 
 
-def test_tools_and_their_calls_stand_beside_the_content(processor):
+def test_a_question_beside_the_content_is_refused(processor):
+    part = {"type": "video", "video": np.zeros((2, 28, 28, 3), np.uint8)}
+    for turn in ({"content": [part]}, {"content": None}):
+        with pytest.raises(ValueError, match='\'text\' beside its content.*"type": "text"'):
+            processor.apply_chat_template([{"role": "user", **turn, "text": "What is shown?"}])
+
+
+def test_tools_and_their_calls_stand_beside_the_content(processor, caplog):
     turn = {"role": "assistant", "content": "One moment.", "tool_calls": [{"name": "look"}]}
     assert "One moment." in processor.apply_chat_template([turn], tools=[])
+    assert "leaves out tool_calls: the model does not see them" in caplog.text
+    alone = {"role": "assistant", "tool_calls": [{"name": "look"}]}
+    assert "assistant" in processor.apply_chat_template([*message(), alone])
+
+
+def test_what_the_template_leaves_out_is_said(processor, caplog):
+    processor.apply_chat_template(message(), tools=[])
+    assert not caplog.text
+    processor.apply_chat_template(message(), tools=[{"name": "look"}], documents=[{"text": "a"}])
+    assert "leaves out tools and documents: the model does not see them" in caplog.text
+    processor.apply_chat_template([*message(), {"role": "tool", "content": "It is red."}])
+    assert "system, user and assistant, but not tool, which stands in the prompt" in caplog.text
+    caplog.clear()
+    logging.warning_once.cache_clear()
+    template = "{{ tools }}{% for m in messages if m.role == 'tool' %}{{ m.content }}{% endfor %}"
+    turns = [*message(), {"role": "tool", "content": "It is red."}]
+    text = processor.apply_chat_template(turns, template, [{"name": "look"}])
+    assert "look" in text and "It is red." in text
+    assert not caplog.text
