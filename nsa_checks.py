@@ -38,6 +38,48 @@ def check_packed(
         )
 
 
+def check_decoding(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    length: torch.Tensor,
+    valid: torch.Tensor | None,
+) -> None:
+    """Raise a ValueError where `decode_attention` cannot take these; reads no value of theirs."""
+    if query.ndim != 3 or key.ndim != 4 or key.shape != value.shape:
+        raise ValueError(
+            f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)} and "
+            f"{tuple(value.shape)}; wanted [batch, heads, D], and twice [batch, capacity, key "
+            "heads, D]."
+        )
+    batch, capacity, kv_heads, head_dim = key.shape
+    fits = (len(query), query.shape[2]) == (batch, head_dim)
+    if not fits or not kv_heads or query.shape[1] % kv_heads:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}, key {tuple(key.shape)}; wanted one batch size, "
+            "one head size, and a multiple of the key heads."
+        )
+    if key.stride(3) != 1 or value.stride(3) != 1:
+        raise ValueError(
+            f"key and value have strides {key.stride()} and {value.stride()}; wanted the numbers "
+            "of a head next to each other: the last stride 1."
+        )
+    if length.shape != (1,) or length.dtype != torch.int64 or length.device != key.device:
+        raise ValueError(
+            f"length is {length.dtype} {tuple(length.shape)} on {length.device}; wanted the number "
+            f"of keys as int64 (1,) on {key.device}."
+        )
+    if valid is not None:
+        check_shape("valid", valid, (batch, capacity), "one bool per key of the cache")
+        if valid.dtype != torch.bool:
+            raise ValueError(f"valid is {valid.dtype}; wanted bool, False for padding.")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        raise ValueError(
+            "decode_attention has no gradient, but query, key or value requires one: call it "
+            "under torch.no_grad(), or use dense_attention."
+        )
+
+
 def check_cumulative(name: str, cu_seqlens: torch.Tensor) -> None:
     """Raise a ValueError where cumulative lengths are not one row of integers."""
     if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in INTEGERS:

@@ -8,6 +8,7 @@ nsa_kernels_primitives.py holds what they share and its conventions.
 Contract: float16, bfloat16 or float32 on a CUDA device; head sizes 16 to 128; softmax and sums in
           float32. The same inputs give the same bits, forward and backward. Lengths that are
           on the GPU are not read: where they do not fit the tensors, results are undefined.
+        `decode_attention` takes a cache in place of packed rows, and has no gradient.
 Memory: beyond inputs and outputs, for T tokens in 16 bit: three branch outputs (6 H D bytes a
         token), 4 bytes per chosen block three times over, and scratch that does not grow with T
         (2 (D + 2) H S bytes for each of CHUNK_QUERIES queries, 0.3 GB of importance at a time).
@@ -30,6 +31,7 @@ from .nsa_kernels_compressed import (
     means_backward,
     means_forward,
 )
+from .nsa_kernels_decode import decode_attention
 from .nsa_kernels_dense import dense_attention
 from .nsa_kernels_primitives import (
     check_inputs,
@@ -52,6 +54,7 @@ from .nsa_reference import no_queries
 __all__ = [
     "compress_blocks",
     "compressed_attention",
+    "decode_attention",
     "dense_attention",
     "nsa_attention",
     "select_blocks",

@@ -2,8 +2,9 @@
 
     o_j = g_cmp * compressed(j) + g_slc * selected(j) + g_win * window(j)        (VideoNSA, eq. 5)
 
-Every function works on packed samples: the vision tokens of several samples, one after the other,
-without padding. Positions, blocks and windows count within a sample's own tokens.
+Every function but `decode_attention` works on packed samples: the vision tokens of several
+samples, one after the other, without padding. Positions, blocks and windows count within a sample's
+own tokens.
 
 Shapes: T tokens, H query heads, K key/value heads, G = H // K, D head size, B block size,
         S selected blocks, N keys of one sample.
@@ -22,6 +23,7 @@ import torch
 
 from .nsa_checks import (
     check_blocks,
+    check_decoding,
     check_ends,
     check_gates,
     check_keys,
@@ -247,6 +249,30 @@ def dense_attention(
         visible = key_positions <= positions[queries, None]
         outputs.append(_attend(q[queries], k[keys], v[keys], visible, scale))
     return torch.cat(outputs) if outputs else no_queries(q, k, v)
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    length: torch.Tensor,
+    valid: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one new token a row over the keys of a cache, the token's own among them.
+
+    Not packed: query [B, H, D]; key, value [B, C, K, D], where C is the cache's capacity, the last
+    stride 1. length int64 [1]: the keys before it count, whatever the cache holds after them.
+    valid: bool [B, C] or None, False for padding. Returns [B, H, D], zero in a row without keys.
+    Not differentiable: ValueError where a gradient is due.
+    """
+    check_decoding(query, key, value, length, valid)
+    visible = (torch.arange(key.shape[1], device=key.device) < length).expand(key.shape[:2])
+    if valid is not None:
+        visible = visible & valid
+    key, value = (x.masked_fill(~visible[..., None, None], 0).transpose(1, 2) for x in (key, value))
+    query = _grouped(query, query.shape[1] // key.shape[1])
+    return _softmax_attention(query, key, value, visible[:, None], scale).flatten(1, 2)
 
 
 def nsa_attention(

@@ -41,6 +41,7 @@ CODE_FILES = (
     "nsa_kernels.py",
     "nsa_kernels_choice.py",
     "nsa_kernels_compressed.py",
+    "nsa_kernels_decode.py",
     "nsa_kernels_dense.py",
     "nsa_kernels_primitives.py",
     "nsa_kernels_selected.py",

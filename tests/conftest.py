@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import av
@@ -46,6 +47,39 @@ def opened(monkeypatch):
 
     monkeypatch.setattr(av, "open", counting)
     return names
+
+
+# For the tests of kernels.
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter():
+    """Let the interpreter prepare its language once per module, not at each call of a helper."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    prepared, slow = set(), interpreter.InterpretedFunction.__call__
+
+    def call(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in prepared:
+            prepared.add(id(self.fn.__globals__))
+            return slow(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+    yield
+    interpreter.InterpretedFunction.__call__ = slow
+
+
+@pytest.fixture
+def unwritten_memory_is_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.use_deterministic_algorithms(False)
 
 
 # For the tests of fine-tuning, which share finetuning.py.

@@ -8,7 +8,6 @@ left out; with one, `pytest -m gpu` runs the model's sizes.
 import inspect
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -46,6 +45,7 @@ DEVICE = "cuda" if GPU else "cpu"
 NAMES = ("o", "dq", "dk", "dv", "dgates")
 gpu = pytest.mark.gpu
 sizes = pytest.mark.parametrize
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan", "quick_interpreter")
 
 
 def tiny(lengths, heads=7, kv_heads=1, **changes):
@@ -79,36 +79,6 @@ FULL = [
     full((700,), 6, 2, head_dim=32, block_size=8, num_selected=7, note="small"),
     full((1500,), 14, 2, head_dim=16, block_size=256, num_selected=2, window_size=1),
 ]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_interpreter():
-    """Let the interpreter prepare its language once per module, not at each call of a helper."""
-    if GPU:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    prepared, slow = set(), interpreter.InterpretedFunction.__call__
-
-    def call(self, *args, **kwargs):
-        if id(self.fn.__globals__) not in prepared:
-            prepared.add(id(self.fn.__globals__))
-            return slow(self, *args, **kwargs)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call
-    yield
-    interpreter.InterpretedFunction.__call__ = slow
-
-
-@pytest.fixture(autouse=True)
-def unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
@@ -652,7 +622,7 @@ def test_a_layer_never_waits_for_the_device_nor_compiles_for_a_length():
 
 
 def test_the_functions_are_those_of_the_reference():
-    assert sorted(kernels.__all__) == sorted(FUNCTIONS)
+    assert sorted(kernels.__all__) == sorted([*FUNCTIONS, "decode_attention"])
     for name in kernels.__all__:
         theirs = inspect.signature(getattr(reference, name))
         assert inspect.signature(getattr(kernels, name)) == theirs, name
