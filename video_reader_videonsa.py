@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers.utils import logging
 
+from .joined_recordings_videonsa import Rest, begins_again, rest_of
 from .video_plan_videonsa import MAX_FRAME_PIXELS
 from .video_source_videonsa import VideoSource, av
 
@@ -23,7 +24,6 @@ logger = logging.get_logger(__name__)
 # FCC, SMPTE 240M and two of BT.2020. PyAV before 16 takes all for BT.601.
 MATRICES = {1: 1, 4: 4, 7: 7, 9: 9, 10: 9}
 BT601, LIMITED_RANGE, FULL_RANGE = 5, 1, 2
-SEGMENT = bytes.fromhex("18538067")  # begins what a Matroska file holds; its size follows
 HIGH_DYNAMIC_RANGE = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 WIDE_GAMUT = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}  # AVColorPrimaries
 
@@ -114,7 +114,8 @@ class Packets(NamedTuple):
     times: of the frames that are shown, ascending, in seconds since the first.  count: of packets.
     last_stated: seconds that the last frame lasts by its packet, 0 if that does not say.
     end: of all tracks, -inf without time stamps.  joins: as `Clock` has them.  at_joins: times of
-    packets that are said to be damaged, where only the recording ends.
+    packets that are said to be damaged, where only the recording ends.  end_byte: where in the file
+    the last packet ends.
     """
 
     times: list
@@ -123,6 +124,7 @@ class Packets(NamedTuple):
     end: float
     joins: list
     at_joins: list
+    end_byte: int
 
 
 class Decoded(NamedTuple):
@@ -326,8 +328,8 @@ class VideoFile:
                 self._times = self._packets_from_start().times
         return self._times
 
-    def _packets_from_start(self) -> Packets:
-        if self.container is not None and not self.in_order:
+    def _packets_from_start(self, reopen=False) -> Packets:
+        if self.container is not None and not self.in_order and not reopen:
             packets = self._read_packets(0)
             if packets.times and packets.times[0] == 0:
                 return packets
@@ -488,8 +490,14 @@ class VideoFile:
     def _measure(self):
         """Sets duration, frames and last_frame_lasts from the packets, which are not decoded."""
         promised = None if self.may_jump else self._promised_end()
-        packets, back = None, 1.0
-        read_through = self.in_order or self.may_jump or promised is None or self._has_parts()
+        packets, back, rest = None, 1.0, rest_of(self.source, self.container)
+        if rest is Rest.MISREAD:
+            raise self._error(
+                "is joined byte by byte of fragmented MP4 files, which cannot be read rightly; "
+                "join them with ffmpeg -f concat"
+            )
+        has_parts = rest is Rest.READ
+        read_through = self.in_order or self.may_jump or promised is None or has_parts
         while not read_through:
             packets = self._read_packets(promised - back)
             last = packets.times[-1] if packets.times else -math.inf
@@ -498,7 +506,12 @@ class VideoFile:
                 break
             back *= 8
         if read_through:
-            packets = self._packets_from_start()
+            packets = self._packets_from_start(reopen=has_parts)
+        if rest is Rest.LEFT_OUT or begins_again(self.source, self.container, packets.end_byte):
+            logger.warning_once(
+                f"{self.name}: another recording follows after its end and is not read; join them "
+                "with ffmpeg -f concat instead of byte by byte."
+            )
         if packets.joins and self.stamped:
             self.joined = self.in_order = True
             self.at_joins = packets.at_joins
@@ -554,7 +567,7 @@ class VideoFile:
     def _read_packets(self, second=None) -> Packets:
         """Reads the packets of all tracks, from `second` on (None: from here)."""
         clock, times, last, sound = self._clock(), [], (-math.inf, 0), -math.inf
-        count, doubtful, at_joins = 0, [], []
+        count, doubtful, at_joins, whole = 0, [], [], None
         try:
             if second is not None:
                 stamp = max(self.start + int(second / self.tick), self.start)
@@ -562,6 +575,8 @@ class VideoFile:
             for packet in self._packets():
                 if not packet.size or packet.is_discard:
                     continue
+                if not packet.is_corrupt:
+                    whole = packet
                 if packet.stream.index != self.stream.index:
                     stamp = packet.dts if packet.pts is None else packet.pts
                     if stamp is not None and not packet.is_corrupt:
@@ -584,25 +599,8 @@ class VideoFile:
         except av.FFmpegError:
             pass
         times = sorted(times + at_joins)
-        return Packets(times, count, last[1], sound, clock.joins, at_joins)
-
-    def _has_parts(self):
-        """Whether a Matroska file goes on after its one segment: files joined byte by byte.
-
-        FFmpeg reads them all, but finds the time stamps of the last one only.
-        """
-        if self.container.format.name != "matroska,webm":
-            return False
-        head = self.source.head(1 << 12)
-        at = head.find(SEGMENT)
-        if at < 0:
-            return False
-        start = at + len(SEGMENT)
-        length = 9 - head[start].bit_length()  # bytes of the size, whose first bit set tells
-        size = int.from_bytes(head[start : start + length], "big") & ((1 << 7 * length) - 1)
-        if size == (1 << 7 * length) - 1:  # not known, as of a live recording
-            return False
-        return start + length + size < self.container.size
+        end_byte = 0 if whole is None else (whole.pos or 0) + whole.size
+        return Packets(times, count, last[1], sound, clock.joins, at_joins, end_byte)
 
     def _open(self):
         """Opens the file (again): the one way back to the start that every format has."""

@@ -82,14 +82,13 @@ class VideoSource:
             timeout=30 if self.is_url else None,
         )
 
-    def head(self, count: int) -> bytes:
-        """The first bytes of a file, none of an address."""
+    def raw(self) -> io.RawIOBase:
+        """The bytes, to be closed; of an address none, because asking for some takes long."""
         if self.is_url:
-            return b""
+            return io.BytesIO()
         if isinstance(self.source, bytes):
-            return self.source[:count]
-        with open(self.source, "rb") as file:
-            return file.read(count)
+            return io.BytesIO(self.source)
+        return open(self.source, "rb", buffering=0)
 
     def convert_hint(self) -> str:
         """What to do with a file that a player shows and this does not read."""

@@ -22,6 +22,7 @@ PROCESSOR_CODE = (
     "video_settings_videonsa.py",
     "video_reader_videonsa.py",
     "video_source_videonsa.py",
+    "joined_recordings_videonsa.py",
     "pixel_stream_videonsa.py",
 )
 # Every file of code that `trust_remote_code` reaches, and the packages it needs.

@@ -258,6 +258,18 @@ def joined(folder, suffix, first, second, **options):
     return path
 
 
+def header_again(folder):
+    """A fragmented MP4 of 40 frames with its header again in the middle, as saved streams are."""
+    flags = {"movflags": "frag_keyframe+empty_moov+default_base_moof+skip_trailer"}
+    path = write_clip(folder / "again.mp4", 40, options={"g": "10"}, container=flags)
+    data = path.read_bytes()
+    boxes = list(_boxes(data, 0, len(data)))
+    header = data[: next(end for kind, _, end in boxes if kind == b"moov")]
+    middle = [start for kind, start, _ in boxes if kind == b"moof"][2]
+    path.write_bytes(data[:middle] + header + data[middle:])
+    return path
+
+
 STOPPED_MS = [33 * i for i in range(60)] + [12000]
 
 

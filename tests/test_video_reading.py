@@ -62,7 +62,8 @@ def frames_of(processor, out, video=0):
 
 def read(processor, video, **settings):
     """(frames, metadata, all outputs) of one video through a message with these settings."""
-    part = {"type": "video", "video": str(video), **settings}
+    video = video if isinstance(video, bytes) else str(video)
+    part = {"type": "video", "video": video, **settings}
     messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is shown?"}]}]
     out = processor.apply_chat_template(
         messages,
@@ -322,6 +323,42 @@ def test_joined_recordings(processor, folder, caplog, kind, counts):
     assert [clips.number_in(frame) for frame in frames] == list(range(sum(counts)))
     said = [line for line in caplog.messages if "joined of recordings" in line]
     assert len(said) == 1 and f"starts again at {counts[0] / rate:.1f} s" in said[0]
+
+
+NOT_READ_ON = {
+    "index last.mp4": {},
+    "index first.mp4": {"container": {"movflags": "faststart"}},
+    "plain.mov": {},
+    "plain.flv": {},
+    "plain.wmv": {"codec": "wmv2"},
+}
+
+
+@pytest.mark.parametrize("name", NOT_READ_ON)
+def test_a_second_recording_that_is_not_read_is_said(processor, tmp_path, caplog, name):
+    path = clips.joined(tmp_path, f" {name}", 20, 30, **NOT_READ_ON[name])
+    said = f"{path.name}: another recording follows after its end and is not read; join them with"
+    for video in (path, path.read_bytes()):
+        caplog.clear()
+        logging.warning_once.cache_clear()
+        frames, *_ = read(processor, video, fps=2)
+        assert [clips.number_in(frame) for frame in frames] == [0, 5, 10, 15]
+        assert (said if video is path else said.split(":")[1]) in caplog.text
+    caplog.clear()
+    read(processor, tmp_path / f"first {name}", fps=2)
+    assert not caplog.messages
+
+
+def test_fragments_of_several_headers(processor, tmp_path, caplog):
+    """Read on where the clock goes on; FFmpeg finds the wrong bytes or hides some elsewhere."""
+    path = clips.header_again(tmp_path)
+    frames, *_ = read(processor, path, do_sample_frames=False)
+    assert [clips.number_in(frame) for frame in frames] == list(range(40))
+    assert not caplog.messages
+    for flags in ("frag_keyframe+empty_moov", "frag_keyframe+empty_moov+default_base_moof"):
+        path = clips.joined(tmp_path, ".mp4", 20, 30, container={"movflags": flags})
+        with pytest.raises(ValueError, match="joined byte by byte of fragmented MP4 .*ffmpeg -f"):
+            read(processor, path)
 
 
 def test_a_clock_that_jumps_ahead(processor, folder):
