@@ -18,10 +18,18 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 
+from .call_checks_videonsa import (
+    check_cache,
+    check_mask,
+    check_media,
+    check_pixels,
+    check_tokens,
+    check_vocabulary,
+)
 from .library_videonsa import cache_of, create_masks_for_generate
-from .media_features_videonsa import PIXELS, PREFILL_CHUNK_SIZE, check_media, check_pixels
+from .media_features_videonsa import PIXELS, PREFILL_CHUNK_SIZE
 from .packing_videonsa import valid_tokens
-from .positions_videonsa import positions_of_new_tokens, state_of
+from .positions_videonsa import check_prompt, positions_of_new_tokens, state_in, state_of
 
 
 class VideoNSAGenerationMixin(GenerationMixin):
@@ -29,11 +37,42 @@ class VideoNSAGenerationMixin(GenerationMixin):
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs=None, *args, **kwargs):
-        check_pixels(self.config, kwargs)
-        input_ids = kwargs.get("input_ids", inputs)
-        if (cache := cache_of(kwargs)) is not None and input_ids is not None:
-            _drop_cached_media(self.config, input_ids, int(cache.get_seq_length()), kwargs)
+        if kwargs.get("cache_implementation") != "paged":  # which serves text, also as lists
+            self._check_turn(kwargs.get("input_ids", inputs), kwargs)
         return super().generate(inputs, *args, **kwargs)
+
+    def _check_turn(self, input_ids, kwargs):
+        """Raise ValueError unless a call's tokens, cache and media fit; drop media of old turns.
+
+        input_ids [B, S]: the whole conversation, or what is new since the cache was filled.
+        """
+        check_pixels(self.config, kwargs)
+        cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
+        embeds = kwargs.get("inputs_embeds")
+        if input_ids is None and embeds is None:
+            return  # the library begins with a token of its own, or says what it wants
+        check_tokens(self.config, input_ids, embeds)
+        check_vocabulary(self.config, input_ids)
+        check_cache(cache)
+        rows, length = (input_ids if embeds is None else embeds).shape[:2]
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        state_in(cache, cached)  # forgets what was cropped
+        check_mask(mask, rows, length, *([cached + length] if cached and embeds is None else []))
+        if mask is not None and mask.shape[1] != length:
+            check_media(self.model, {**kwargs, "input_ids": input_ids})
+            return  # of the new tokens alone
+        if cached and length <= cached:
+            raise ValueError(
+                f"{length} tokens came, but the cache has {cached} already. Pass the whole "
+                "conversation, longer than what is cached; or new input_ids with an attention_mask "
+                f"[{rows}, {cached + length}] of the cached and the new ones."
+            )
+        if input_ids is None:
+            return
+        if cached:
+            check_prompt(cache, input_ids, cached, mask)
+            _drop_cached_media(self.config, input_ids, cached, kwargs)
+        check_media(self.model, {**kwargs, "input_ids": input_ids[:, cached:]})
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """Positions of every token so far, int64 [4, B, L]: as text, then time, height and width.
@@ -53,7 +92,6 @@ class VideoNSAGenerationMixin(GenerationMixin):
         new = text.shape[1] - cached
         if input_ids is not None:
             input_ids = input_ids[:, -new:]
-            check_media(self.model, {**model_kwargs, "input_ids": input_ids}, cached)
         valid = valid_tokens(model_kwargs.get("attention_mask"), text.shape[1])
         media = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
         vision = positions_of_new_tokens(
@@ -111,14 +149,14 @@ class VideoNSAGenerationMixin(GenerationMixin):
                 size = PREFILL_CHUNK_SIZE
         if size is not None:
             model_kwargs = {**model_kwargs, "nsa_chunk_size": size}
-        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        if cache is not None and cache.get_seq_length() == input_ids.shape[1]:
+            cache.nsa_prompt = input_ids  # the whole conversation: `check_prompt` compares the next
+        return outputs
 
 
 def _drop_cached_media(config, input_ids, cached, kwargs):
     """Drop from a call's kwargs the images and videos of which the cache has the tokens."""
-    mask = kwargs.get("attention_mask")
-    if not cached or (mask is not None and mask.shape[1] != input_ids.shape[1]):
-        return  # nothing is cached, or only the new tokens were passed
     for modality, pixels in PIXELS.items():
         grid = kwargs.get(f"{modality}_grid_thw")
         if grid is None or kwargs.get(pixels) is None:

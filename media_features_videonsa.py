@@ -9,23 +9,8 @@ import torch
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
-_HOW_TO_CALL = (
-    "Pass pixels, grids and input_ids as the processor returned them together. With a cache, "
-    "generate takes the media of the whole conversation or of the new turn, and forward those of "
-    "the new tokens alone."
-)
-
 # Tokens of a longer prompt with images or videos that `generate` reads at a time.
 PREFILL_CHUNK_SIZE = 16384
-
-
-def check_chunk_size(size) -> None:
-    """Raise ValueError unless a prompt can be cut into chunks of `size` tokens; None cuts none."""
-    if size is not None and (type(size) is not int or size < 1):
-        raise ValueError(
-            f"prefill_chunk_size (of generate; nsa_chunk_size of forward) is {size!r}; wanted a "
-            "whole number of tokens, at least 1, or None."
-        )
 
 
 def has_media(kwargs: dict) -> bool:
@@ -46,74 +31,6 @@ def placeholders_of(
         return {kind: input_ids == getattr(model.config, f"{kind}_token_id") for kind in PIXELS}
     masks = model.get_placeholder_mask(None, inputs_embeds=inputs_embeds)
     return {kind: mask.squeeze(-1) for kind, mask in zip(PIXELS, masks, strict=True)}
-
-
-def check_pixels(config, call: dict) -> None:
-    """Raise ValueError unless the pixels and grids among a call's arguments fit each other.
-
-    Pixels are [patches, pixels of a patch], grids int64 [media, 3], patches over time, height and
-    width; the patches of all images, or of all videos, follow each other.
-    """
-    vision = config.vision_config
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    for modality, name in PIXELS.items():
-        pixels, grid = call.get(name), call.get(f"{modality}_grid_thw")
-        if pixels is None:
-            continue
-        if grid is None:
-            raise ValueError(f"{name} came without {modality}_grid_thw. {_HOW_TO_CALL}")
-        whole = torch.is_tensor(grid) and not grid.is_floating_point()
-        if not whole or grid.ndim != 2 or not len(grid) or grid.shape[1] != 3:
-            kind = grid.dtype if torch.is_tensor(grid) else type(grid).__name__
-            raise ValueError(
-                f"{modality}_grid_thw is {_shape(grid)} of {kind}; wanted an integer tensor "
-                f"[{modality}s, 3] of patches over time, height and width. {_HOW_TO_CALL}"
-            )
-        grid = grid.cpu()
-        odd = (grid < 1).any(1) | (grid[:, 1:] % vision.spatial_merge_size).any(1)
-        if odd.any():
-            raise ValueError(
-                f"{modality}_grid_thw holds {grid[odd][0].tolist()}; wanted at least one temporal "
-                f"step, and a height and width in multiples of {vision.spatial_merge_size} patches."
-                f" {_HOW_TO_CALL}"
-            )
-        wanted = [int(grid.prod(-1).sum()), width]
-        if _shape(pixels) != wanted:
-            raise ValueError(
-                f"{name} is {_shape(pixels)}, but {modality}_grid_thw ({len(grid)} {modality}s) "
-                f"stands for {wanted}: {wanted[0]} patches of {width} numbers. {_HOW_TO_CALL}"
-            )
-
-
-def _shape(x):
-    return list(x.shape) if hasattr(x, "shape") else f"a {type(x).__name__}"
-
-
-def check_media(model, call: dict, cached: int | torch.Tensor) -> None:
-    """Raise ValueError unless a call's images and videos fit their placeholders in its tokens.
-
-    cached: tokens in the cache. With some, grids of earlier turns may come without their pixels, as
-    `generate` passes them while it decodes.
-    """
-    check_pixels(model.config, call)
-    encoded = call.get("mm_encoder_outputs") or {}
-    grids = {kind: call.get(f"{kind}_grid_thw") for kind in PIXELS if encoded.get(kind) is None}
-    grids = {kind: grid for kind, grid in grids.items() if grid is not None}
-    first = not torch.is_tensor(cached) and cached == 0
-    if not (has_media(call) or (first and grids)):
-        return
-    placeholders = placeholders_of(model, call.get("input_ids"), call.get("inputs_embeds"))
-    for kind, grid in grids.items():
-        found = int(placeholders[kind].sum())
-        tokens = int(grid.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
-        if call.get(PIXELS[kind]) is None:
-            if found:
-                raise ValueError(f"{kind}_grid_thw came without {PIXELS[kind]}. {_HOW_TO_CALL}")
-        elif found != tokens:
-            raise ValueError(
-                f"the {len(grid)} {kind}s given have {tokens} tokens, but the new tokens hold "
-                f"{found} placeholders of {kind}s. {_HOW_TO_CALL}"
-            )
 
 
 class MediaFeatures:

@@ -28,14 +28,24 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.utils import can_return_tuple, logging
 
+from .call_checks_videonsa import (
+    check_cache,
+    check_chunk_size,
+    check_mask,
+    check_media,
+    check_pixels,
+    check_positions,
+    check_room,
+    check_tokens,
+    check_types,
+    check_vocabulary,
+)
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from .fused_videonsa import VideoNSAMLP, VideoNSARMSNorm, rotary
 from .generation_videonsa import VideoNSAGenerationMixin
 from .library_videonsa import cache_of, map_published_keys, order_offloaded_layers
 from .media_features_videonsa import (
     PIXELS,
-    check_chunk_size,
-    check_media,
     has_media,
     placeholders_of,
     put_features,
@@ -267,11 +277,21 @@ class VideoNSAModel(Qwen2_5_VLModel):
             **kwargs,
         }
         cache = cache_of(kwargs)
-        tokens = inputs_embeds if input_ids is None else input_ids
-        new = tokens.shape[1]
-        cached = _cached_length(cache, new)
+        check_tokens(self.config, input_ids, inputs_embeds)
         check_chunk_size(nsa_chunk_size)
-        check_media(self, call, cached)
+        tokens = inputs_embeds if input_ids is None else input_ids
+        rows, new = tokens.shape[:2]
+        check_positions(position_ids, rows, new)
+        check_cache(cache, rows)
+        check_pixels(self.config, call)
+        goes_on = position_ids is None and getattr(cache, "nsa_state", None) is not None
+        cached = _cached_length(cache, new, wait=goes_on or has_media(call))
+        check_room(cache, cached, new)
+        if not getattr(cache, "is_compileable", False):  # a static cache takes masks of its length
+            check_mask(attention_mask, rows, cached + new)
+        if has_media(call) or _is_prompt(tokens, cached):
+            check_vocabulary(self.config, input_ids)
+            check_media(self, {**call, "mm_token_type_ids": mm_token_type_ids})
 
         # State: which tokens are vision and which are padding, cached and new.
         state = state_in(cache, cached)  # None as long as there was only text
@@ -279,6 +299,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
         valid = None
         if vision is not None or (state is not None and position_ids is None):
             cached = int(cached)
+            check_mask(attention_mask, rows, cached + new)
             valid = valid_tokens(attention_mask, cached + new)
             state = state_of(cache, cached, valid, tokens)
 
@@ -306,7 +327,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
         if nsa_chunk_size is not None and new > nsa_chunk_size:
             return self._forward_in_chunks(nsa_chunk_size, int(cached), seen, valid, **call)
         for name in PIXELS.values():
-            if call.get(name) is not None and not torch.is_tensor(call[name]):
+            if call.get(name) is not None:
                 call[name] = torch.as_tensor(call[name][:]).to(tokens.device)
         outputs = self._forward_whole(new, seen, valid, call)
         if vision is not None and (cache := cache_of(outputs)) is not None:
@@ -372,6 +393,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
         if not given and (inputs_embeds is None or inputs_embeds.shape[1] == 1):
             return None
         if input_ids is None and mm_token_type_ids is not None:
+            check_types(mm_token_type_ids, inputs_embeds)
             types = {"image": 1, "video": 2}
             found = {modality: mm_token_type_ids == kind for modality, kind in types.items()}
         elif input_ids is not None or given:
@@ -422,12 +444,20 @@ class VideoNSAForConditionalGeneration(VideoNSAGenerationMixin, Qwen2_5_VLForCon
         return super().save_pretrained(*args, **kwargs)
 
 
-def _cached_length(cache, new):
+def _cached_length(cache, new, wait):
     """Tokens in the cache: an int, or of a static cache while decoding a tensor on its device."""
     length = 0 if cache is None else cache.get_seq_length()
-    if new > 1 and not torch.compiler.is_compiling():
-        length = int(length)  # which waits for the device
+    if torch.is_tensor(length) and not torch.compiler.is_compiling():
+        if wait or new > 1 or length.device.type == "cpu":
+            length = int(length)
     return length
+
+
+def _is_prompt(tokens, cached):
+    """Whether a call's tokens [B, S, ...] are surely a user's, not generated or guessed."""
+    if torch.compiler.is_compiling() or tokens.device.type == "meta":
+        return False
+    return tokens.shape[1] > 1 and cached == 0
 
 
 def attention_functions(backend: str, device: torch.device) -> tuple[Callable, Callable]:

@@ -58,10 +58,36 @@ def state_in(cache, length: int | torch.Tensor) -> NSAState | None:
     What the cache no longer has, because it was cropped or emptied, is forgotten. A length on the
     device, of a static cache while decoding, is not waited for.
     """
-    state = getattr(cache, "nsa_state", None)
-    if isinstance(length, int) and state is not None and length < state.vision.shape[1]:
-        state = cache.nsa_state = state.until(length) if length else None
+    state, prompt = getattr(cache, "nsa_state", None), getattr(cache, "nsa_prompt", None)
+    if isinstance(length, int):
+        if state is not None and length < state.vision.shape[1]:
+            state = cache.nsa_state = state.until(length) if length else None
+        if prompt is not None and length < prompt.shape[1]:
+            cache.nsa_prompt = prompt[:, :length]
     return state
+
+
+def check_prompt(cache, input_ids: torch.Tensor, cached: int, attention_mask) -> None:
+    """Raise ValueError where a conversation [B, S] does not begin with the prompt that is cached.
+
+    `generate` leaves its prompt with the cache, as `nsa_prompt`; of answers, whose text may be cut
+    into other tokens again, nothing is known. Waits for the ids' device.
+    """
+    prompt = getattr(cache, "nsa_prompt", None)
+    if prompt is None or len(prompt) != len(input_ids):
+        return
+    known = min(cached, prompt.shape[1])
+    differs = input_ids[:, :known] != prompt[:, :known].to(input_ids.device)
+    if attention_mask is not None:
+        differs &= attention_mask[:, :known].bool()
+    if differs.any():
+        row, place = differs.nonzero()[0].tolist()
+        raise ValueError(
+            f"token {place} of row {row} of input_ids is {int(input_ids[row, place])}, but the "
+            f"cache, of {cached} tokens, was filled with {int(prompt[row, place])} there. Pass the "
+            "whole conversation that the cache was filled with, new tokens with an attention_mask "
+            "of the cached and the new ones, or another cache."
+        )
 
 
 def state_of(cache, length: int, valid: torch.Tensor | None, like: torch.Tensor) -> NSAState:
@@ -70,6 +96,16 @@ def state_of(cache, length: int, valid: torch.Tensor | None, like: torch.Tensor)
     if state is None or length == 0:
         none = torch.zeros(len(like), 0, dtype=torch.long, device=like.device)
         state = NSAState(none.bool(), none)
+    rows = len(state.vision)
+    if rows != len(like):  # each row several times, as caches repeat theirs
+        if len(like) % rows:
+            raise ValueError(
+                f"the cache has {rows} rows, but there are {len(like)} of tokens. Pass the cache "
+                "of this batch, or one that is new."
+            )
+        times = len(like) // rows
+        repeated = (x.repeat_interleave(times, dim=0) for x in (state.vision, state.max_position))
+        state = NSAState(*repeated)
     return state.until(length, valid)
 
 

@@ -32,6 +32,7 @@ CODE_FILES = (
     "packing_videonsa.py",
     "positions_videonsa.py",
     "media_features_videonsa.py",
+    "call_checks_videonsa.py",
     "generation_videonsa.py",
     "library_videonsa.py",
     "fused_videonsa.py",
