@@ -26,7 +26,7 @@ from .message_parts_videonsa import (
     plain_source,
 )
 from .video_plan_videonsa import check_frame_size, fit_size
-from .video_settings_videonsa import read_setting
+from .video_settings_videonsa import read_setting, refuse_typos
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +44,7 @@ class ImagePart:
     """
 
     def __init__(self, source, settings: dict):
+        refuse_typos(settings, IMAGE_SETTINGS, "an image")
         if unknown := sorted(set(settings) - set(IMAGE_SETTINGS)):
             logger.warning_once(f"Not a setting of an image, ignored: {', '.join(unknown)}.")
         self.source = source

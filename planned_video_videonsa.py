@@ -267,6 +267,31 @@ def _number_of(field, value) -> float:
     return number
 
 
+def list_metadata(metadata, count: int) -> list:
+    """One entry of video_metadata for each of so many videos; {} where there is None.
+
+    The library's type of video_metadata has no None in a list.
+    """
+    if metadata is None:
+        return [{}] * count
+    if not isinstance(metadata, (list, tuple)):
+        metadata = [metadata]
+    nested = [item if isinstance(item, (list, tuple)) else [item] for item in metadata]
+    metadata = [entry for item in nested for entry in item]
+    for entry in metadata:
+        if entry is not None and not isinstance(entry, (dict, VideoMetadata)):
+            raise ValueError(
+                f"An entry of video_metadata is {describe_source(entry)}; it is a dict with the "
+                "video's fps, or None."
+            )
+    if len(metadata) != count:
+        raise ValueError(
+            f"{count} videos were given with {len(metadata)} entries of video_metadata; give one "
+            "per video."
+        )
+    return [{} if entry is None else entry for entry in metadata]
+
+
 def list_videos(videos) -> list:
     """The videos of a call, flat: each a `VideoPart` or planned already.
 
@@ -289,10 +314,7 @@ def list_videos(videos) -> list:
         if are_frames(videos):
             return [VideoPart(videos)]
         return [video for item in videos for video in list_videos(item)]
-    raise ValueError(
-        "A video is a path, an address, bytes, an array of frames or a list of frames, not "
-        f"{describe_source(videos)}."
-    )
+    raise _no_video(videos)
 
 
 def with_settings(source, settings: dict):
@@ -301,13 +323,23 @@ def with_settings(source, settings: dict):
         if not settings or isinstance(source, VideoPart):
             return source
         return source.planned_again(resolve_settings(settings, {}, asdict(source.settings)))
-    return VideoPart(plain_source(source), settings)
+    source = plain_source(source)
+    if not is_file(source) and not isinstance(source, (np.ndarray, torch.Tensor, list)):
+        raise _no_video(source)
+    return VideoPart(source, settings)
+
+
+def _no_video(source):
+    return ValueError(
+        "A video is a path, an address, bytes, an array of frames or a list of frames, not "
+        f"{describe_source(source)}."
+    )
 
 
 def stack_frames(source) -> torch.Tensor:
     """The frames of a message or call, [frames, channels, height, width].
 
-    Raises ValueError where there are none, or of several sizes.
+    Raises ValueError where there are none, or of several sizes or types of numbers.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _channels_first(as_tensor(source))
@@ -317,6 +349,9 @@ def stack_frames(source) -> torch.Tensor:
     sizes = {tuple(frame.shape) for frame in frames}
     if len(sizes) != 1:
         raise ValueError(f"The frames of a video must have one size, not {sorted(sizes)}.")
+    types = {str(frame.dtype) for frame in frames}
+    if len(types) != 1:  # whose black and white may differ, too
+        raise ValueError(f"The frames of a video must have one dtype, not {sorted(types)}.")
     return _channels_first(torch.stack(frames))
 
 

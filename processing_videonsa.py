@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
+from transformers.processing_utils import ProcessingKwargs, TextKwargs
 from transformers.utils import logging
-from transformers.video_utils import VideoInput, VideoMetadata
+from transformers.video_utils import VideoInput
 
 from .message_parts_videonsa import (
     describe_source,
@@ -42,13 +43,22 @@ from .planned_video_videonsa import (
     PlannedFrames,
     VideoPart,
     are_frames,
+    list_metadata,
     list_videos,
     stack_frames,
     with_settings,
 )
 from .video_plan_videonsa import VideoPlan
 from .video_reader_videonsa import Remeasure, VideoFile
-from .video_settings_videonsa import ALIASES, SETTINGS, read_setting, resolve_settings
+from .video_settings_videonsa import (
+    ALIASES,
+    SETTINGS,
+    SWITCHES,
+    call_settings,
+    read_setting,
+    refuse_typos,
+    resolve_settings,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -96,7 +106,8 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
 
     def __init__(self, size=None, **kwargs):
         # A copy, because transformers before 5.24 writes min_pixels into the class's own.
-        super().__init__(size=dict(type(self).size) if size is None else size, **kwargs)
+        size = dict(type(self).size) if size is None else size
+        super().__init__(size=size, **_read_settings(kwargs))
 
     @property
     def min_pixels(self):
@@ -123,6 +134,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         """
         video = with_settings(video, {})
         if hasattr(video, "plan"):
+            _refuse_metadata(video_metadata, "a video that was planned before")
             if all(value is None for value in settings.values()):
                 return video
             base = asdict(video.settings)
@@ -136,6 +148,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         if is_file(source) and os.path.isdir(source):
             source = frames_in_folder(source)
         if is_file(source):
+            _refuse_metadata(video_metadata, describe_source(source))
             file = playable(source)
             try:
                 file = VideoFile(file)
@@ -156,17 +169,17 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         frames_indices of video_metadata are then where frames are looked for: in a file of changing
         rate, what is on screen there may have started earlier.
         """
-        metadata = kwargs.pop("video_metadata", None)
+        metadata, kwargs = kwargs.pop("video_metadata", None), _read_settings(kwargs)
         stream, progress = kwargs.pop("stream", None), kwargs.pop("progress", None)
         settings = {name: kwargs.pop(name, None) for name in (*SETTINGS, "size", "video_backend")}
         kwargs.pop("input_data_format", None)
         videos = kwargs.pop("video_parts", None) or list_videos(videos)
-        metadata = _list_metadata(metadata, len(videos))
+        metadata = list_metadata(metadata, len(videos))
         rescale = kwargs.get("do_rescale")
         rescale = self.do_rescale if rescale is None else rescale
 
         def begin(video, entry):
-            planned = self._planned(video, entry, settings)
+            planned = self.planned(video, entry, settings)
             if rescale and isinstance(planned, PlannedFrames):
                 # Before they are resized, which can go beyond 1.
                 warn_of_fractions(planned.frames, "Frames")
@@ -178,15 +191,15 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         frames, metadata = (list(part) for part in zip(*map(self._finish, readings), strict=True))
         return self._to_patches(frames, metadata, kwargs)
 
-    def _planned(self, video, metadata, settings):
+    def planned(self, video, metadata, settings):
         """The planned video of a call; of one that was planned before it, the plan is kept."""
         if not hasattr(video, "plan"):
             return self.plan_and_open(video, metadata, **settings)
+        _refuse_metadata(metadata, "a video that was planned before")
         late = [
             f"{name}={value}"
-            for name, value in settings.items()
+            for name, value in call_settings(settings).items()
             if hasattr(video.settings, name)
-            and value is not None
             and name not in video.part.settings
             and value != getattr(video.settings, name)
         ]
@@ -340,29 +353,21 @@ def _not_as_measured(planned, when):
     )
 
 
-def _list_metadata(metadata, count):
-    """One entry of video_metadata for each of so many videos; {} where there is None.
+def _read_settings(given):
+    """Keyword arguments of a call, in the exact types that the library wants."""
+    names = [name for name in (*SETTINGS, *SWITCHES) if name in given]
+    given = {**given, **{name: read_setting(name, given[name]) for name in names}}
+    # The library would take a switch that is None for False.
+    left_out = [name for name in SWITCHES if name in given and given[name] is None]
+    return {name: value for name, value in given.items() if name not in left_out}
 
-    The library's type of video_metadata has no None in a list.
-    """
-    if metadata is None:
-        return [{}] * count
-    if not isinstance(metadata, (list, tuple)):
-        metadata = [metadata]
-    nested = [item if isinstance(item, (list, tuple)) else [item] for item in metadata]
-    metadata = [entry for item in nested for entry in item]
-    for entry in metadata:
-        if entry is not None and not isinstance(entry, (dict, VideoMetadata)):
-            raise ValueError(
-                f"An entry of video_metadata is {describe_source(entry)}; it is a dict with the "
-                "video's fps, or None."
-            )
-    if len(metadata) != count:
+
+def _refuse_metadata(metadata, name):
+    if metadata:
         raise ValueError(
-            f"{count} videos were given with {len(metadata)} entries of video_metadata; give one "
-            "per video."
+            f"video_metadata was given for {name}, which has its own; it tells of frames that are "
+            "given. Leave it out, or give None for this video."
         )
-    return [{} if entry is None else entry for entry in metadata]
 
 
 # What a part of a message may say, and is not a setting; and what is one.
@@ -411,7 +416,11 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         max_tokens = read_setting("max_tokens", max_tokens)
         messages = self._bind_settings(messages)
         parts = [part for part in _parts(messages) if "video" in part]
-        videos = [self.video_processor.plan_and_open(part["video"], **settings) for part in parts]
+        metadata = list_metadata(settings.pop("video_metadata", None), len(parts))
+        videos = [
+            self.video_processor.plan_and_open(part["video"], entry, **settings)
+            for part, entry in zip(parts, metadata, strict=True)
+        ]
         total = sum(video.plan.tokens for video in videos)
         if max_tokens is not None and total > max_tokens:
             shares = [video.plan.tokens * max_tokens // total for video in videos]
@@ -442,7 +451,12 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         **kwargs,
     ) -> BatchFeature:
         """As Qwen2.5-VL's; `fps` may be a list, a rate for each video, as qwen-vl-utils has it."""
-        text = _read_texts(text)
+        text, rates = _read_texts(text), kwargs.get("fps")
+        if isinstance(rates, (list, tuple)):  # as qwen-vl-utils gives them, one per video
+            del kwargs["fps"]
+        else:
+            rates = None
+        kwargs = self._read_call(kwargs)
         nested = {
             (self.image_token, "image"): _count_by_sample(images, text, _count_images),
             (self.video_token, "video"): _count_by_sample(videos, text, _count_videos),
@@ -454,21 +468,15 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
                 warn_of_fractions(images, "Images")
         if videos is not None:
             videos = list_videos(videos) or None
+        if rates is not None:
+            if len(rates) != len(videos or []):
+                raise ValueError(f"fps has {len(rates)} values for {len(videos or [])} videos.")
+            pairs = zip(videos or [], rates, strict=True)
+            videos = [self._at_rate(video, rate) for video, rate in pairs] or None
         if videos is not None:
-            rates = kwargs.get("fps")
-            if isinstance(rates, (list, tuple)):  # as qwen-vl-utils gives them, one per video
-                kwargs.pop("fps")
-                if len(rates) != len(videos):
-                    raise ValueError(f"fps has {len(rates)} values for {len(videos)} videos.")
-                videos = [
-                    with_settings(video.source, {"fps": rate, **video.settings})
-                    if not hasattr(video, "plan")
-                    else video
-                    for video, rate in zip(videos, rates, strict=True)
-                ]
-            kwargs = _read_settings(kwargs, len(videos))
-            if "videos_kwargs" in kwargs:
-                kwargs["videos_kwargs"] = _read_settings(kwargs["videos_kwargs"], len(videos))
+            for given in (kwargs, kwargs.get("videos_kwargs") or {}):
+                if given.get("video_metadata") is not None:
+                    given["video_metadata"] = list_metadata(given["video_metadata"], len(videos))
             # The library counts what stands in `videos`, and knows only strings and arrays.
             kwargs["video_parts"], videos = videos, ["video"] * len(videos)
         if text is not None and not kwargs.get("sanitize_control_tokens"):
@@ -477,6 +485,25 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             for (token, kind), counts in nested.items():
                 _check_samples(text, token, kind, counts)
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
+
+    def _read_call(self, kwargs):
+        """Keyword arguments of a call, copied, their settings in the types that are wanted."""
+        library = {*TextKwargs.__annotations__, *ProcessingKwargs.__annotations__}
+        library |= set(VideoNSAVideoProcessorKwargs.__annotations__)
+        library |= set(self.image_processor.valid_kwargs.__annotations__)
+        nested = {key: kwargs[key] for key in ("images_kwargs", "videos_kwargs") if kwargs.get(key)}
+        for given in (kwargs, *nested.values()):
+            refuse_typos(given.keys() - library, SETTINGS, "a video")
+        kwargs = _read_settings({**kwargs, **{k: _read_settings(v) for k, v in nested.items()}})
+        for given in (kwargs, kwargs.get("videos_kwargs") or {}):
+            if given.get("return_metadata") is False:  # Qwen2.5-VL's needs them, and has a default
+                del given["return_metadata"]
+        return kwargs
+
+    def _at_rate(self, video, rate):
+        if hasattr(video, "plan"):  # too late: says so
+            return self.video_processor.planned(video, None, {"fps": rate})
+        return with_settings(video.source, {"fps": rate, **video.settings})
 
     def _check_placeholders(self, text, token, kind, given):
         texts = [text] if isinstance(text, str) else text
@@ -513,14 +540,6 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
                 part.clear()
                 part |= media
         return messages
-
-
-def _read_settings(given, count):
-    """Keyword arguments of a call for so many videos, in the exact types that the library wants."""
-    settings = {name: read_setting(name, given[name]) for name in SETTINGS if name in given}
-    if given.get("video_metadata") is not None:
-        settings["video_metadata"] = _list_metadata(given["video_metadata"], count)
-    return {**given, **settings}
 
 
 def _read_texts(text):

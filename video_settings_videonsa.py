@@ -6,6 +6,7 @@
 import math
 import numbers
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 
 from transformers.utils import logging
 
@@ -85,7 +86,10 @@ class VideoSettings:
 
 SETTINGS = tuple(field.name for field in fields(VideoSettings) if field.name != "fps_given")
 ALIASES = {"nframes": "num_frames", "sample_fps": "fps"}
-SWITCHES = ("do_sample_frames", "do_resize")
+# Of a video, and of a call.
+SWITCHES = ("do_sample_frames", "do_resize", "do_convert_rgb", "do_rescale", "do_normalize")
+SWITCHES += ("cap_pixels_per_frame", "return_metadata", "return_mm_token_type_ids")
+SWITCHES += ("progress", "stream")
 SECONDS = ("video_start", "video_end")
 # The least that a setting may be; a plan says why 0 tokens or pixels are too few.
 LEAST = {"num_frames": 1, "max_frames": 1, "max_pixels": 1, "resized_height": 1, "resized_width": 1}
@@ -149,6 +153,37 @@ def _own_names(asked):
     return {ALIASES.get(name, name): value for name, value in asked.items()}
 
 
+def call_settings(asked: dict) -> dict:
+    """What a call asks and is not None, with the pixel bounds of `size` under their own names.
+
+    Raises ValueError for a size that is no pixel bounds, or other ones than those beside it.
+    """
+    asked = _own_names(asked)
+    size = asked.pop("size", None)
+    if size is None:
+        return asked
+    try:
+        bounds = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"size is {size!r}; it has shortest_edge and longest_edge, the bounds of a frame's "
+            "area in pixels. For one size, give resized_height and resized_width."
+        ) from None
+    for name, value in bounds.items():
+        if name in asked and read_setting(name, asked[name]) != read_setting(name, value):
+            raise ValueError(
+                f"size is {size!r} and {name} {asked[name]!r}, two names of one setting; give one."
+            )
+    return asked | bounds
+
+
+def refuse_typos(names, known, what: str):
+    """Raises ValueError for a name that is close to one of the known settings of `what`."""
+    for name in sorted(set(map(str, names)) - {*known, *ALIASES}):
+        if near := get_close_matches(name.lower(), known, 1, 0.65):
+            raise ValueError(f"{name!r} is no setting of {what}; did you mean {near[0]!r}?")
+
+
 def resolve_settings(message: dict, call: dict, defaults: dict) -> VideoSettings:
     """The settings of one video: its message's before the call's before the defaults.
 
@@ -157,9 +192,9 @@ def resolve_settings(message: dict, call: dict, defaults: dict) -> VideoSettings
     defaults: every setting; `fps_given` may be missing.
 
     Raises ValueError where fps and num_frames, or two names of one setting, are given in one place,
-    and for a decoder (`video_backend`) that is not PyAV.
+    for a name that is close to a setting's, and for a decoder (`video_backend`) that is not PyAV.
     """
-    message, call = map(_own_names, (message, call))
+    message, call = _own_names(message), call_settings(call)
     resolved = {"fps_given": False, **defaults}
     for asked in (message, call, resolved):
         if (backend := asked.pop("video_backend", None)) not in (None, "pyav"):
@@ -167,18 +202,10 @@ def resolve_settings(message: dict, call: dict, defaults: dict) -> VideoSettings
                 f"video_backend is {backend!r}, but videos are read with 'pyav' only: leave "
                 "video_backend out, or give the frames that you have decoded."
             )
-    if unknown := sorted(set(message) - set(SETTINGS)):
-        logger.warning_once(f"Not a setting of a video, ignored: {', '.join(unknown)}.")
-    if (size := call.pop("size", None)) is not None:
-        try:
-            edges = size["shortest_edge"], size["longest_edge"]
-        except (KeyError, TypeError):
-            raise ValueError(
-                f"size is {size!r}; it has shortest_edge and longest_edge, the bounds of a frame's "
-                "area in pixels. For one size, give resized_height and resized_width."
-            ) from None
-        call.setdefault("min_pixels", edges[0])
-        call.setdefault("max_pixels", edges[1])
+    unknown = (set(message) - set(SETTINGS)) | (set(call) - {*SETTINGS, *SWITCHES})
+    refuse_typos(unknown, SETTINGS, "a video")
+    if unknown:
+        logger.warning_once(f"Not a setting of a video, ignored: {', '.join(sorted(unknown))}.")
     for asked in (call, message):
         if "fps" in asked and "num_frames" in asked:
             raise ValueError("fps and num_frames exclude each other; give one of them.")

@@ -317,6 +317,57 @@ def test_metadata_that_do_not_fit_are_refused(processor):
         processor(text=text, videos=[painted(4, 57)], fps=2.0, do_resize=False)
 
 
+def test_metadata_of_what_has_its_own_are_refused(processor, clip):
+    part, frames = {"type": "video", "video": clip}, {"type": "video", "video": painted(4)}
+    given = {"fps": 4.0, "total_num_frames": 40}
+    with pytest.raises(ValueError, match=r"clip.mp4, which has its own; it tells of frames"):
+        take(processor, message(part), video_metadata=given)
+    with pytest.raises(ValueError, match=r"clip.mp4, which has its own; it tells of frames"):
+        processor.video_processor.plan(clip, given)
+    out = take(processor, message(part, frames), video_metadata=[None, given])
+    assert out["second_per_grid_ts"].tolist() == [1.0, 5.0]
+    planned, _ = processor.plan_videos(message(part, frames), video_metadata=[None, given])
+    assert take(processor, planned)["second_per_grid_ts"].tolist() == [1.0, 5.0]
+    for metadata in ([given, None], [None, given]):
+        with pytest.raises(ValueError, match="a video that was planned before, which has its own"):
+            take(processor, planned, video_metadata=metadata)
+
+
+def test_a_call_says_what_a_plan_comes_before(processor, clip, caplog):
+    messages, _ = processor.plan_videos(message({"type": "video", "video": clip}))
+    take(processor, messages, size={"shortest_edge": 784, "longest_edge": 3136})
+    assert "planned before this call, which ignores max_pixels=3136" in caplog.text
+    video = messages[0]["content"][0]["video"]
+    processor(text=take_text(processor), videos=[video], fps=[1.0])
+    assert "planned before this call, which ignores fps=1.0" in caplog.text
+
+
+def test_a_list_of_rates_has_one_for_each_video(processor):
+    """qwen-vl-utils gives an empty one where there are no videos."""
+    assert processor(text="hello", fps=[])["input_ids"] == processor(text="hello")["input_ids"]
+    with pytest.raises(ValueError, match="fps has 1 values for 0 videos"):
+        processor(text="hello", fps=[1.0])
+
+
+@pytest.mark.parametrize("kind", [bool, np.float32, np.int64])
+def test_frames_of_different_types_are_refused(processor, kind):
+    """True and 1.0 may be white or almost black."""
+    first, second = painted(2)
+    for frames in ([first, second.astype(kind)], [Image.fromarray(first), second.astype(kind)]):
+        with pytest.raises(ValueError, match=r"must have one dtype, not \['torch"):
+            take(processor, message({"type": "video", "video": frames, "fps": 2.0}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.float64("nan"), 3, True, object(), {1, 2}])
+def test_what_is_no_video_is_refused_where_it_is_given(processor, value):
+    messages = message({"type": "video", "video": value})
+    for tokenize in (False, True):
+        with pytest.raises(ValueError, match="^A video is a path, .*, not an object of type"):
+            processor.apply_chat_template(messages, tokenize=tokenize)
+    with pytest.raises(ValueError, match="^A video is a path, .*, not an object of type"):
+        processor(text=take_text(processor), videos=[value])
+
+
 def test_what_process_vision_info_gives(processor):
     frames = [Image.fromarray(frame) for frame in painted(7)]
     part = {"type": "video", "video": frames, "sample_fps": 4.0, "max_pixels": 56 * 84}

@@ -65,6 +65,88 @@ def test_a_switch_is_true_or_false(processor, clip, name):
     assert read_setting(name, 1) is True
 
 
+CALL_SWITCHES = {name: "pixel_values_videos" for name in ("do_rescale", "do_normalize", "stream")}
+CALL_SWITCHES |= {"return_metadata": "video_metadata"}
+CALL_SWITCHES |= {"return_mm_token_type_ids": "mm_token_type_ids"}
+
+
+@pytest.mark.parametrize("name", [*CALL_SWITCHES, "do_convert_rgb", "progress"])
+def test_a_switch_of_a_call_is_true_or_false(processor, clip, name):
+    text = processor.apply_chat_template(message(clip))
+
+    def result(**kwargs):
+        out = processor(text=text, videos=[clip], return_tensors="pt", max_pixels=784, **kwargs)
+        value = out.get(CALL_SWITCHES.get(name, "pixel_values_videos"))
+        if isinstance(value, torch.Tensor):
+            return value.float().mean().item()
+        return type(value).__name__
+
+    for value in (False, True):
+        expected = result(**{name: value})
+        for same in (int(value), np.bool_(value), torch.tensor(value)):
+            assert result(**{name: same}) == expected
+            if not name.startswith("return_"):  # which is of the whole call
+                assert result(videos_kwargs={name: same}) == expected
+    assert result(**{name: None}) == result()
+    for value in ("no", "yes", 2, [True]):
+        with pytest.raises(ValueError, match=rf"^{name} is .*; it must be True or False"):
+            result(**{name: value})
+        with pytest.raises(ValueError, match=rf"^{name} is .*; it must be True or False"):
+            processor.video_processor([clip], **{name: value})
+        with pytest.raises(ValueError, match=rf"^{name} is .*; it must be True or False"):
+            VideoNSAVideoProcessor(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("fsp", "fps"),
+        ("max_frame", "max_frames"),
+        ("maxPixels", "max_pixels"),
+        ("nframe", "num_frames"),
+        ("video_starts", "video_start"),
+        ("do_sample", "do_sample_frames"),
+    ],
+)
+def test_a_setting_with_a_typo_is_refused_wherever_it_is_given(processor, clip, typo, meant):
+    error = f"^'{typo}' is no setting of a video; did you mean '{meant}'"
+    for call in (
+        lambda: take(processor, message(clip, **{typo: 1})),
+        lambda: take(processor, message(clip), **{typo: 1}),
+        lambda: take(processor, message(clip), videos_kwargs={typo: 1}),
+        lambda: processor.plan_videos(message(clip), **{typo: 1}),
+        lambda: processor.video_processor.plan(clip, **{typo: 1}),
+    ):
+        with pytest.raises(ValueError, match=error):
+            call()
+    image = {"type": "image", "image": np.zeros((56, 56, 3), np.uint8), "max_pixel": 784}
+    with pytest.raises(ValueError, match="'max_pixel' is no setting of an image; .*'max_pixels'"):
+        processor.apply_chat_template([{"role": "user", "content": [image]}])
+
+
+def test_what_is_no_setting_is_said(processor, clip, caplog):
+    """What others write into their messages is left out; what the library takes is not named."""
+    take(processor, message(clip, cache_control={"type": "ephemeral"}, name="a clip"))
+    assert "Not a setting of a video, ignored: cache_control, name." in caplog.text
+    processor.plan_videos(message(clip), channel="red")
+    assert "Not a setting of a video, ignored: channel." in caplog.text
+    caplog.clear()
+    processor.plan_videos(message(clip), stream=True, do_rescale=False, progress=False)
+    take(processor, message(clip), do_rescale=True, resample=3, padding=True)
+    assert not caplog.text
+
+
+def test_size_and_the_pixel_bounds_are_two_names_of_one_setting(processor, clip):
+    size, other = ({"shortest_edge": 784, "longest_edge": most} for most in (3136, 12544))
+    assert take(processor, message(clip), size=size) == [5, 2, 4]
+    assert take(processor, message(clip), size=size, max_pixels="3136") == [5, 2, 4]
+    assert take(processor, message(clip, max_pixels=3136), size=other) == [5, 2, 4]
+    for bounds in ({"max_pixels": 12544}, {"min_pixels": 3136}):
+        for call in (take, lambda p, m, **kwargs: p.plan_videos(m, **kwargs)):
+            with pytest.raises(ValueError, match="^size is .* two names of one setting; give one"):
+                call(processor, message(clip), size=size, **bounds)
+
+
 def test_zero_is_not_the_same_as_nothing(processor, clip):
     part = take(processor, message(clip))
     for name in ("num_frames", "max_frames", "max_pixels", "resized_height"):
