@@ -48,9 +48,9 @@ class ModelArguments:
     lora_r: int = field(default=0, metadata={"help": "rank of the adapters; 0 trains whole parts"})
     lora_alpha: float | None = field(default=None, metadata={"help": "default: twice the rank"})
     lora_dropout: float = 0.0
-    lora_modules: str = field(
-        default="q_proj,k_proj,v_proj,o_proj,qkv,proj",
-        metadata={"help": "linear layers with adapters, in the llm and in the vision tower"},
+    lora_modules: str | None = field(
+        default=None,
+        metadata={"help": "linear layers with adapters (default: those of the attention)"},
     )
     merge_lora: bool = field(
         default=False,

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 PARTS = ("llm", "gates", "merger", "vision")
+ATTENTION = "q_proj,k_proj,v_proj,o_proj,qkv,proj"  # of the llm and of the vision tower
 
 
 def part_of(name):
@@ -63,22 +64,28 @@ def choose_trained(model, model_args, args):
 def add_adapters(model, model_args, parts):
     import peft
 
-    names = model_args.lora_modules.replace(" ", "").split(",")
-    own = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if unknown := [name for name in names if name not in own]:
-        raise ValueError(
-            f"--lora_modules names {', '.join(unknown)}, which the model does not have. It has "
-            "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, and in its vision "
-            "tower qkv and proj."
-        )
+    given = model_args.lora_modules
+    names = (ATTENTION if given is None else given).replace(" ", "").split(",")
     stems = {"llm": r"language_model\.layers", "vision": r"visual\.blocks"}
     patterns = {
-        part: rf".*{stem}\.\d+\.(.*\.)?({'|'.join(names)})"
+        part: rf".*{stem}\.\d+\.(?:.*\.)?({'|'.join(map(re.escape, names))})"
         for part, stem in stems.items()
         if part in parts
     }
-    for part, pattern in patterns.items():
-        if not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
+    modules = [name for name, _ in model.named_modules()]
+    found = {
+        part: {match[1] for name in modules if (match := re.fullmatch(pattern, name))}
+        for part, pattern in patterns.items()
+    }
+    unknown = [name for name in names if name not in set().union(*found.values())]
+    if given and unknown:
+        raise ValueError(
+            f"--lora_modules names {', '.join(unknown)}, which --train {model_args.train} has not. "
+            "The llm has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, the "
+            "vision tower qkv, proj, gate_proj, up_proj and down_proj."
+        )
+    for part in patterns:
+        if not found[part]:
             raise ValueError(
                 f"--train names {part}, but --lora_modules {model_args.lora_modules} has no module "
                 "of it, and it would not train. Add one (the llm has q_proj, the vision tower "

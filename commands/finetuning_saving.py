@@ -25,6 +25,13 @@ from commands.model_card import HUB_ID, find_file, make_card
 logger = transformers.utils.logging.get_logger("finetune")
 
 COMPLETE = "save_completed"
+# What a run goes on from besides weights, and the files that hold it; DeepSpeed has its own folder.
+STATE = {
+    "the optimizer": ("optimizer*", "global_step*"),
+    "the learning rate": ("scheduler.pt", "global_step*"),
+    "the random numbers": ("rng_state*.pth",),
+    "its progress": ("trainer_state.json",),
+}
 
 
 class WholeCheckpoints(TrainerCallback):
@@ -123,8 +130,8 @@ def find_checkpoint(wanted: str | None, output_dir: str) -> Path | None:
     """The folder that --resume_from_checkpoint means; None to start from the beginning.
 
     wanted: a folder, or "last" (or "true") for the last whole checkpoint of `output_dir`, if any.
-    Raises ValueError for a folder that was not completely saved, and either way for one without an
-    optimizer's state: the Trainer would start the optimizer and the schedule anew.
+    Raises ValueError for a folder that was not completely saved, and either way for one that lacks
+    some of `STATE`: the Trainer would start the optimizer, the schedule or the dropout anew.
     """
     if wanted is None:
         return None
@@ -144,10 +151,15 @@ def find_checkpoint(wanted: str | None, output_dir: str) -> Path | None:
                 f"{folder} was not completely saved: it has no file {COMPLETE}, which is written "
                 f"last.{last} If you know that it is whole, make that file."
             )
-    if not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*")):
+    if lacking := [
+        what
+        for what, patterns in STATE.items()
+        if not any(any(folder.glob(pattern)) for pattern in patterns)
+    ]:
         raise ValueError(
-            f"{folder} has no state of the optimizer (--save_only_model leaves it out), so a run "
-            "cannot go on from it. To start anew from its weights, give it as --model_name_or_path."
+            f"{folder} has no state of {', '.join(lacking)} (--save_only_model leaves it out), so "
+            "a run cannot go on from it. To start anew from its weights, give it as "
+            "--model_name_or_path."
         )
     logger.warning(f"Resuming from {folder}.")
     return folder

@@ -97,9 +97,10 @@ def make_checkpoint(folder, step, *files):
 
 def test_a_run_resumes_from_what_can_be_resumed(tmp_path):
     assert find_checkpoint("last", tmp_path) is None
-    make_checkpoint(tmp_path, 9, COMPLETE, "optimizer.pt")
-    make_checkpoint(tmp_path, 10, COMPLETE, "optimizer.pt")
-    make_checkpoint(tmp_path, 11, "optimizer.pt")
+    state = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    make_checkpoint(tmp_path, 9, COMPLETE, *state)
+    make_checkpoint(tmp_path, 10, COMPLETE, *state)
+    make_checkpoint(tmp_path, 11, *state)
     make_checkpoint(tmp_path, 2, COMPLETE)
     assert find_checkpoint("last", tmp_path) == tmp_path / "checkpoint-10"
     assert find_checkpoint(tmp_path / "checkpoint-9", tmp_path) == tmp_path / "checkpoint-9"
@@ -110,6 +111,11 @@ def test_a_run_resumes_from_what_can_be_resumed(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             find_checkpoint(tmp_path / f"checkpoint-{step}", tmp_path)
+    for lost in state:
+        shutil.rmtree(tmp_path / "checkpoint-9")
+        make_checkpoint(tmp_path, 9, COMPLETE, *(name for name in state if name != lost))
+        with pytest.raises(ValueError, match="checkpoint-9 has no state of"):
+            find_checkpoint(tmp_path / "checkpoint-9", tmp_path)
     make_checkpoint(tmp_path, 12, COMPLETE)
     with pytest.raises(ValueError, match="checkpoint-12 has no state of the optimizer"):
         find_checkpoint("last", tmp_path)
