@@ -8,9 +8,7 @@ taken for an option where the words on both sides of it fit one, so that "A man"
 """
 
 import ast
-import itertools
 import re
-import string
 import unicodedata
 from typing import NamedTuple
 
@@ -21,21 +19,26 @@ def _any(*phrases):
     return "(?:" + "|".join(sorted(listed, key=len, reverse=True)) + ")"
 
 
-# One letter, with brackets or without: no part of a word, a name or an abbreviation.
-_ONE = r"(?:option\s+|choice\s+)?[(\[]?(?<![A-Za-z0-9'.&-])([A-Z])(?![A-Za-z0-9'&]|-\w|\.\w)[)\]]?"
+# One letter, with brackets or without: no part of a word, a name or an abbreviation, and not "I".
+_WRITER = r"I\s+(?:think|guess|believe|say|see|know|choose|would|will|can|am|was|have)\b"
+_ONE = (
+    rf"(?:option\s+|choice\s+)?[(\[]?(?<![A-Za-z0-9'.&-])(?!{_WRITER})([A-Z])"
+    r"(?![A-Za-z0-9'&]|-\w|\.\w)[)\]]?"
+)
 _SINGLE = re.compile(_ONE)
 # Letters that are named together: "A or B", "A, B and C", "A/B", "A. Or maybe B", "A to B".
 _TOGETHER = _any(
-    "and/or, and, or, nor, to, plus, along with, together with, as well as",
+    "and/or, and, and then, or, nor, to, plus, along with, together with, as well as",
     "but (?:also|equally|maybe|perhaps|possibly)",
 )
 _JOIN = (
-    rf"(?:\s*[,/&+]\s*|\s*,?\s+{_TOGETHER}\s+|\s*[.?!]+\s+Or\s+|\s*[和或、]\s*|\s+(?![(\[]))"
+    rf"(?:\s*[,/&+]\s*|\s*,?\s+{_TOGETHER}\s+|\s*[.?!]+\s+{_any('or, maybe, perhaps, possibly')}\s+"
+    rf"|\s*[和或、]\s*|(?<![)\]])\s+(?![(\[]))"
     rf"(?:{_any('maybe, perhaps, possibly, else, even, also')}\s+)?"
 )
 _LETTERS = re.compile(f"{_ONE}(?:(?i:{_JOIN}){_ONE})*")
 
-# What may stand beside a letter that names an option: an edge, a mark, writing without spaces, or
+# What may stand before a letter that names an option: an edge, a mark, writing without spaces, or
 # one of these words. It is what tells the option A from the article.
 _OTHER = r"[^\x00-\x7f]"
 _BEFORE = re.compile(
@@ -44,20 +47,39 @@ _BEFORE = re.compile(
         "is, be, are, not, nor, and, or, but, than, of, with, for, to, like, say, think",
         "guess, believe, that, between, both, either, neither, answer, option, choice, letter",
         "choose, chose, chosen, select, pick, picked, so, therefore, thus, hence, it, its, as, in",
-        r"out, eliminate, exclude, leaving, leaves, maybe, perhaps, \w+ly, \w+'s",
+        "out, eliminate, exclude, leaving, leaves, match(?:es)?, fits?, supports?, towards?",
+        r"sequence, statement, \w+ly, \w+'s",
     )
     + r")\s*$",
     re.IGNORECASE,
 )
-_AFTER = re.compile(
-    rf"\s*(?:$|[^\w\s]|{_OTHER}|\n)|\s+"
+# What may follow a letter that is chosen: an end, a mark, a reason, a rejected other, or a verb
+# that agrees ("is the best", "is seen", "fits"). All else that is said of an option leaves it
+# open: what speaks against one is said in too many ways to be listed.
+_HOW = r"(?:(?!part|near|hard|bare|scarce)\w+ly\s+)?"
+_IS = rf"(?:is|are|was|looks|seems|appears|must be|would be)\s+(?:to be\s+)?{_HOW}"
+_BEST = (
+    rf"(?:{_IS}(?:the\s+)?(?:(?:only|single|correct|right|best|most (?!un|im|in)\w+)\s+)*"
     + _any(
-        "is, isn, isnt, are, aren, arent, was, were, does, doesn, do, can, cannot, could, would",
-        "must, seems?, looks, appears, matches, fits, describes, shows, as, and, or, nor, but, not",
-        "because, since, rather, instead, than, over, according, based, given, due, for, from, in",
-        "on, at, to, with, without, which, where, while, if",
+        "correct, right, best, better, true, answer, option, choice, match, accurate, likely",
+        r"closest, one(?! of), most (?!un|im|in)\w+",
     )
-    + r"(?![\w-])"
+    + r"|(?:is|does)(?=\s*(?:[.,;!]|$)))\b"
+)
+_FITS = (
+    rf"(?:{_IS}{_any('seen, shown, visible, depicted, described, supported, consistent, what, it')}"
+    rf"|(?:best\s+|clearly\s+|{_HOW})"
+    + _any("fits, matches, describes, reflects, represents, explains, happens, occurs")
+    + r")\b"
+)
+_AFTER = re.compile(
+    rf"\s*(?:$|[^\w\s?]|{_OTHER}|\n)|\s+(?:(?i:{_BEST}|{_FITS})|"
+    + _any(
+        "as, and, or, nor, but, not, because, since, rather, instead, than, over, according",
+        "based, given, due, for, from, in, on, at, to, with, without, while, if",
+        "probably, definitely, certainly, clearly, surely",
+    )
+    + r"(?![\w-]))"
 )
 
 # What denies an option, before it ("I don't think that the answer is A") or after it.
@@ -70,41 +92,28 @@ _BRIDGE = _any(
 _NEGATED = re.compile(
     r"(?:\b"
     + _any(
-        "not, cannot, never, unlikely, neither, nor, rather than, instead of, except, except for",
-        "other than, more than, less than, fewer than, unlike, no longer, all but, anything but",
-        "everything but, any but, wrong, hardly, scarcely, barely",
+        "not, cannot, never, unlikely, neither, nor, than, instead of, except, except for",
+        "unlike, no longer, all but, anything but",
+        "everything but, any but, wrong, hardly, scarcely, barely, as for",
         "rul(?:e[sd]?|ing) out, eliminat(?:e[sd]?|ing), exclud(?:e[sd]?|ing), reject(?:s|ed|ing)?",
     )
     + rf"\b|n'?\s?t\b)(?:\s+{_BRIDGE}\b|\s*[:,(\[])*\s*$"
     r"|(?:[不非别][^\x00-\x7f、。]{0,4}|排除|除了?)\s*$",
     re.IGNORECASE,
 )
-_HEDGED = _any("could, might, may")
-_DENYING = (
-    _any(
-        "wrong, incorrect, false, ruled out, eliminated, excluded, impossible, unlikely",
-        r"out(?=\W*$|[.;]), far from, inaccurate, improbable, implausible, doubtful, dubious",
-        "questionable, unclear, uncertain, unsupported, contradicted, refuted, less, least, worst",
-        "hardly",
-    )
-    + r"\b"
+_HEDGED = _any("could, might, may, maybe, perhaps, possibly")
+_DENYING = _any(
+    "wrong, incorrect, false, unclear, doubtful, unlikely, impossible, ruled out, off, poor, bad"
 )
 _REJECTED = re.compile(
-    r"\s*(?:\([^)]*\))?(?:\s*,)?\s*(?:"
-    rf"{_any('is, was, does, do, did, has, have, are, were, can, could, would, must')}"
-    r"(?:n'?t|'t|not|\s(?:\w+ly\s)?not|\s?n\s?t|\st)\b"
-    rf"|{_HEDGED}\b(?!\s+only)"
-    # "is one of the wrong ones": a few words on, but not into what is said of something else
-    rf"|{_any('is, are, was, were, seems?, looks?, appears?, must, can, would, should')}"
-    rf"(?:\s+(?!{_any('and, but, as, because, since, so, while, than, which')}\b)\w+){{0,4}}?"
-    rf"\s+{_DENYING}"
-    rf"|[:-]\s*(?:\w+ly\s+)?{_DENYING}|[:-]\s*(?:not|no)\b)"
+    r"\s*(?:,\s*)?(?:(?:is|was|does|did|has|are|were|can|could|would)(?:n'?t|'t|\s+not|\s+never)\b"
+    rf"|(?:is|are|was|were|seems?|looks?)\s+(?:an?\s+)?(?:\w+ly\s+)?{_DENYING}\b"
+    rf"|[:(-]\s*(?:\w+ly\s+)?{_DENYING}\b|[:-]\s*(?:not|no)\b|,?\s*{_HEDGED}\b(?!\s+only))"
     r"|\s*(?:选项|答案|是|并|也|都)*(?:不|错|有误)",
     re.IGNORECASE,
 )
-_ONE_OF_THEM = re.compile(r"\s*(?:\([^)]*\))?(?:\s*,)?\s*(?:is|was|does|has|seems|looks)", re.I)
-# What is not said but asked, supposed or doubted: "Is it A?", "if the answer is A", "I doubt that
-# it is A", "it would be a mistake to choose A"; and what is only quoted: "the sign says A".
+# What is not said but asked, supposed or doubted: "Is it A?", "if the answer is A", "maybe A", "I
+# doubt that it is A"; and what is only quoted: "the sign says A", "the letter A is on the wall".
 _SUPPOSED = re.compile(
     rf"\b{_any('if, whether, unless, suppose, supposing, assuming')}\b[^.,?!\n]{{0,40}}$"
     rf"|(?:(?<!no )(?<!without )(?<!without a )\bdoubt(?:s|ful|ed)?\b"
@@ -112,17 +121,7 @@ _SUPPOSED = re.compile(
     rf"|\b{_any('false, untrue, wrong, mistake, error, not true')}\s+{_any('to, that')}\b"
     rf"|\b{_HEDGED}\b(?!\s+only)|(?:^|[.?!\n]\s*)is (?:it|this|that|the answer)\b)"
     r"[^.,:;?!\n]{0,60}$"
-    rf"|\b{_any('says, said, reads, spells, written')}\b[\s:,]*$",
-    re.I,
-)
-# A letter in the picture is no option: "the letter A is seen on the wall".
-_SEEN = re.compile(
-    r"\s+(?:(?:is|was|are|were|can be|appears?)\s+)?(?:\w+ly\s+)?"
-    + _any(
-        "seen, visible, written, painted, printed, displayed, drawn",
-        "on an? (?!closer), on the (?!basis|grounds)",
-    )
-    + r"\b",
+    rf"|\b{_any('says, said, reads, spells, written')}\b[\s:,]*$|(?:^|[.?!\n]\s*)the letter\s+$",
     re.I,
 )
 
@@ -142,13 +141,7 @@ _CUE = (
     + r"\b[\s,:=>-]*)*"
 )
 _LED = re.compile(rf"(?:{_CUE}|(?:答案|选项?|選|选择|应选)\s*(?:是|为|:)?\s*)$", re.IGNORECASE)
-_CONFIRMED = re.compile(
-    r"\s*(?:\([^)]*\)\s*)?,?\s*"
-    rf"{_any('is, are, looks, seems, appears, must be, would be')}\s+(?:to be\s+)?"
-    r"(?:\w+ly\s+)?(?:the\s+)?(?:(?:most|only|\w+ly)\s+)*"
-    rf"{_any('correct, right, best, true, answer, accurate, likely, closest, one')}\b",
-    re.IGNORECASE,
-)
+_CONFIRMED = re.compile(rf"\s*(?:\([^)]*\)\s*)?,?\s*{_BEST}", re.IGNORECASE)
 
 
 class _Mention(NamedTuple):
@@ -169,12 +162,17 @@ def read_answer(text: str, options: dict[str, str]) -> str | None:
     conclusions the last one counts; what is denied, asked, supposed or only thought of does not.
     """
     text = _clean(text)
-    words = {letter: plain(option) for letter, option in options.items() if option}
+    asked = text.endswith("?")  # then words are an answer only where they are a question
+    words = {
+        letter: plain(option)
+        for letter, option in options.items()
+        if option and (not asked or "?" in option)
+    }
     said = plain(text)
     for letter, option in words.items():
-        if said == option:
+        if said in (option, f"{letter.lower()} {option}"):
             return letter
-    alone = r"(?:not\s+[A-Z],\s+)?[(\[{<]?\s*(?:option |choice )?([A-Za-z])\s*[])}>.:,!?]*"
+    alone = r"(?:not\s+[A-Z],\s+)?[(\[{<]?\s*(?:option |choice )?([A-Za-z])\s*[])}>.:,!]*"
     if match := re.fullmatch(alone, text, re.IGNORECASE):
         letters = {match[1].upper()}
     else:
@@ -234,29 +232,22 @@ def _meant(text, words, offered):
 
 
 def _mentions(text):
-    """The `_Mention`s of a text, in order."""
+    """The `_Mention`s of a text, in order: letters that are named, and not denied or left open."""
     found = []
     for group in _LETTERS.finditer(text):
         # What is farther off than 200 characters says nothing of a letter.
         before, after = text[max(group.start() - 200, 0) : group.start()], text[group.end() :]
-        singles = list(_SINGLE.finditer(text, group.start(), group.end()))
-        if group[0][-1] not in ")]" and not _AFTER.match(after):
-            singles.pop()
-        marked = group[0][-1] in ")]" or bool(re.match(r"[.:]\s", after))
-        if not singles or not (marked or _BEFORE.search(before)):
-            continue
-        letters = [one[1] for one in singles]
-        if _REJECTED.match(after):
-            # "A and B is wrong" says it of B alone.
-            last = " and " in group[0] and _ONE_OF_THEM.match(after)
-            letters = letters[:-1] if last else []
+        bracketed = group[0][-1] in ")]"
+        marked = bracketed or bool(re.match(r"[.:]\s", after))
         # "A?" is asked; "A or", of which the rest is missing or no letter, is left open.
-        supposed = re.match(r"\s*\?|\s+or\b", after) or _SUPPOSED.search(before)
-        supposed = supposed or (group[0][-1] not in ")]" and _SEEN.match(after))
-        if not letters or supposed or _NEGATED.search(before):
+        is_open = re.match(r"\s*\?|\s+or\b", after) or _SUPPOSED.search(before)
+        follows = bracketed or _AFTER.match(after)
+        if is_open or not follows or _REJECTED.match(after) or _NEGATED.search(before):
             continue
-        led = bool(_LED.search(before) or _CONFIRMED.match(after))
-        found.append(_Mention(frozenset(letters), group.start(), group.end(), led, marked))
+        if marked or _BEFORE.search(before):
+            letters = frozenset(one[1] for one in _SINGLE.finditer(group[0]))
+            led = bool(_LED.search(before) or _CONFIRMED.match(after))
+            found.append(_Mention(letters, group.start(), group.end(), led, marked))
     return found
 
 
@@ -266,32 +257,55 @@ _LISTED = re.compile(
 )
 
 
+# A line that answers a question before the one that is asked.
+_ANSWERED = re.compile(
+    r"^\W*(?:(?:the\s+)?(?:(?:correct|best|final)\s+)?answer(?:\s+is)?|assistant|response)\W*[\s:]\W*"
+    r"[A-Z](?:\W.*)?$",
+    re.MULTILINE | re.IGNORECASE,
+)
+
+
 def options_of(prompt):
     """The options that a prompt lists, letter to words: "A. ...", "(A) ...", or as a dict.
 
-    Of several lists the first counts: what follows the options are examples of answers.
+    Of several lists the first counts that stands after questions with their answers; what follows
+    the options are examples of answers.
     """
     if match := re.search(r"\{'A': .*\}", prompt):
         try:
             return ast.literal_eval(match[0])
         except (ValueError, SyntaxError):  # it only looks like one
             pass
-    options = {}
-    for small, capital, words in _LISTED.findall(unicodedata.normalize("NFKC", prompt)):
-        letter = (small or capital).upper()
+    prompt = unicodedata.normalize("NFKC", prompt)
+    lists = [options for part in _ANSWERED.split(prompt) if (options := _first_list(part))]
+    return lists[-1] if lists else {}
+
+
+def _first_list(text):
+    """The first list of options in a text, by their letters; {} where there is none."""
+    options, end = {}, None
+    for match in _LISTED.finditer(text):
+        letter = (match[1] or match[2]).upper()
         if letter in (listed := _from_a(options)):
             if len(listed) > 1:
                 break
             options = {}
-        options[letter] = words.strip().strip("*_")
+        follows = end is not None and not text[end : match.start()].strip()
+        options[letter], end = (match[3].strip().strip("*_"), follows), match.end()
     options = _from_a(options)
     return options if len(options) > 1 else {}
 
 
 def _from_a(options):
-    """The options from A on without a gap, in order."""
-    letters = itertools.takewhile(options.__contains__, string.ascii_uppercase)
-    return {letter: options[letter] for letter in letters}
+    """The options from A on, letter to words; up to two may be missing between adjacent lines."""
+    listed, last = {}, "@"
+    for letter in sorted(options):
+        words, follows = options[letter]
+        gap = ord(letter) - ord(last)
+        if gap > 1 and not (listed and follows and gap <= 3):
+            break
+        listed[letter], last = words, letter
+    return listed
 
 
 def right_letter(target, doc, options):
