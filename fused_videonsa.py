@@ -2,12 +2,16 @@
 
 Every function equals Qwen2.5-VL's own expression, rounding for rounding. On CUDA with Triton they
 are kernels. They are that expression in plain PyTorch elsewhere, for other dtypes, for small
-tensors, where launching a kernel takes longer than it saves, and under torch.compile, which fuses
-by itself; but RMSNorm of small tensors on CUDA is torch's own kernel.
+tensors, where launching a kernel takes longer than it saves (but not inside `recorded_launches`),
+and under torch.compile, which fuses by itself; but RMSNorm of small tensors on CUDA is torch's own
+kernel.
 
 Shapes: N rows (tokens or patches), D features, I intermediate features, H heads.
 Numbers: statistics and products in float32, row numbers in int64, rows on grid axis 0.
 """
+
+import contextlib
+import contextvars
 
 import torch
 from torch import nn
@@ -33,6 +37,21 @@ MIN_FUSED_NUMEL = 2**18  # smaller tensors take longer to launch a Triton kernel
 # of as many tokens as the second.
 TILED_FROM, TILE = 65536 + 1024, 16384
 
+_launches_are_recorded = contextvars.ContextVar("launches_are_recorded", default=False)
+
+
+@contextlib.contextmanager
+def recorded_launches():
+    """Inside, small tensors go through the kernels too: a CUDA graph launches them for nothing.
+
+    For the recording of the graph, and for the call before it that compiles what it will launch.
+    """
+    before = _launches_are_recorded.set(True)
+    try:
+        yield
+    finally:
+        _launches_are_recorded.reset(before)
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, [..., D].
@@ -46,6 +65,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     normed = x.float()
     normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """residual + x, and `rms_norm` of that sum, each [..., D]. Differentiable in all but eps."""
+    alike = x.dtype == residual.dtype and x.shape == residual.shape
+    if alike and _runs_fused(x, residual, weight) and x.shape[-1] <= MAX_FEATURES:
+        return _apply(_AddRMSNorm, x, residual, weight, eps)
+    total = residual + x
+    return total, rms_norm(total, weight, eps)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -63,27 +93,38 @@ def swiglu_halves(gate_up: torch.Tensor) -> torch.Tensor:
     return _apply(_SwiGLUHalves, gate_up)
 
 
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x * cos + rotate_half(x) * sin, in x's dtype; differentiable in x.
+def rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x * cos + rotate_half(x) * sin for x = query and x = key, in their dtype; differentiable.
 
-    x [N, H, D] with cos and sin [N, D], or x [B, H, S, D] with cos and sin [B, S, D] or [1, S, D].
-    Arithmetic is in the wider dtype of x and cos: in the model's own, as the language model does
-    it, or in float32, as the vision tower does, by the dtype of cos and sin alone.
-    x need not be contiguous. The result lies in memory as [N, H, D] or [B, S, H, D].
+    x [N, H, D] with cos and sin [N, D], or x [B, H, S, D] with cos and sin [B, S, D] or [1, S, D];
+    H may differ. Arithmetic is in the wider dtype of x and cos: in the model's own, as the language
+    model does it, or in float32, as the vision tower does, by the dtype of cos and sin alone.
+    x need not be contiguous. The results lie in memory as [N, H, D] or [B, S, H, D].
     """
-    if not _runs_fused(x, cos, sin):
-        axis = -2 if x.ndim == 3 else 1
-        cos, sin = cos.unsqueeze(axis), sin.unsqueeze(axis)
-        wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-        return (wide * cos + rotate_half(wide) * sin).to(x.dtype)
-    return _apply(_Rotary, x, cos, sin)
+    if query.dtype == key.dtype and _runs_fused(query, key, cos, sin):
+        return _apply(_Rotary, query, key, cos, sin)
+    axis = -2 if query.ndim == 3 else 1
+    cos, sin = cos.unsqueeze(axis), sin.unsqueeze(axis)
+    wide = torch.promote_types(query.dtype, cos.dtype)
+    return tuple(
+        (x.to(wide) * cos + rotate_half(x.to(wide)) * sin).to(x.dtype) for x in (query, key)
+    )
 
 
 class VideoNSARMSNorm(Qwen2_5_VLRMSNorm):
-    """Qwen2.5-VL's RMSNorm in one pass."""
+    """Qwen2.5-VL's RMSNorm in one pass, with the addition before it where a residual is given."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    kernel_layer_name = "VideoNSARMSNorm"  # not one of those that `use_kernels` puts in its place
+
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """[..., D] to the same; with a residual, the sum of both and its norm."""
+        if residual is None:
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return add_rms_norm(hidden_states, residual, self.weight, self.variance_epsilon)
 
 
 class VideoNSAMLP(Qwen2MLP):
@@ -110,7 +151,7 @@ def _runs_fused(*tensors):
     """Whether the kernels take these tensors."""
     return (
         triton is not None
-        and tensors[0].numel() > MIN_FUSED_NUMEL
+        and (tensors[0].numel() > MIN_FUSED_NUMEL or _launches_are_recorded.get())
         and all(x.is_cuda and x.dtype in FUSED_DTYPES for x in tensors)
         and not torch.compiler.is_compiling()
     )
@@ -135,66 +176,100 @@ def _warps(elements):
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def run(x, weight, eps, scale=None):
-        """scale float32 [N], if given, gets each row's 1 / sqrt(mean(x^2) + eps)."""
-        rows, weight = _rows(x), weight.contiguous()
-        dtype = torch.promote_types(x.dtype, weight.dtype)
-        y = torch.empty(rows.shape, dtype=dtype, device=x.device)
-        features = rows.shape[1]
-        block = triton.next_power_of_2(features)
-        if len(rows):
-            with torch.cuda.device_of(x):
-                _rms_norm_forward[(len(rows),)](
-                    rows,
-                    weight,
-                    y,
-                    scale,
-                    eps=eps,
-                    stride=rows.stride(0),
-                    features=features,
-                    BLOCK=block,
-                    num_warps=_warps(block),
-                )
-        return y.view(x.shape)
+    def run(x, weight, eps):
+        return _norm_forward(x, None, weight, eps)[1]
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
-        y = _RMSNorm.run(x, weight, eps, scale)
+        _, y, scale = _norm_forward(x, None, weight, eps, with_scale=True)
         ctx.save_for_backward(x, weight, scale)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight, scale = ctx.saved_tensors
-        rows, dy, contiguous = _rows(x), _rows(dy), weight.contiguous()
-        count, features = rows.shape
-        dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-        programs, partial = count, None
-        if ctx.needs_input_grad[1]:
-            programs = min(count, WEIGHT_GRADIENT_PROGRAMS)
-            partial = torch.empty(programs, features, dtype=torch.float32, device=x.device)
-        block = triton.next_power_of_2(features)
-        if count:
-            with torch.cuda.device_of(x):
-                _rms_norm_backward[(programs,)](
-                    rows,
-                    contiguous,
-                    scale,
-                    dy,
-                    dx,
-                    partial,
-                    stride=rows.stride(0),
-                    dy_stride=dy.stride(0),
-                    rows=count,
-                    rows_per_program=-(-count // programs),
-                    features=features,
-                    BLOCK=block,
-                    num_warps=_warps(block),
-                )
-        dweight = None if partial is None else partial.sum(0).to(weight.dtype)
-        return dx.view(x.shape), dweight, None
+        return *_norm_backward(*ctx.saved_tensors, dy, None, ctx.needs_input_grad[1]), None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def run(x, residual, weight, eps):
+        return _norm_forward(x, residual, weight, eps)[:2]
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        total, y, scale = _norm_forward(x, residual, weight, eps, with_scale=True)
+        ctx.save_for_backward(total, weight, scale)
+        return total, y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dtotal, dy):
+        dx, dweight = _norm_backward(*ctx.saved_tensors, dy, dtotal, ctx.needs_input_grad[2])
+        return dx, dx, dweight, None
+
+
+def _norm_forward(x, residual, weight, eps, with_scale=False):
+    """The sum of x and residual or None, the norm, and float32 [N] 1 / sqrt(mean(x^2) + eps)."""
+    rows, weight = _rows(x), weight.contiguous()
+    count, features = rows.shape
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    y = torch.empty(rows.shape, dtype=dtype, device=x.device)
+    scale = torch.empty(count, dtype=torch.float32, device=x.device) if with_scale else None
+    total, added = None, None
+    if residual is not None:
+        total, added = torch.empty(rows.shape, dtype=x.dtype, device=x.device), _rows(residual)
+    block = triton.next_power_of_2(features)
+    if count:
+        with torch.cuda.device_of(x):
+            _rms_norm_forward[(count,)](
+                rows,
+                added,
+                weight,
+                total,
+                y,
+                scale,
+                eps=eps,
+                stride=rows.stride(0),
+                added_stride=0 if added is None else added.stride(0),
+                features=features,
+                BLOCK=block,
+                num_warps=_warps(block),
+            )
+    return None if total is None else total.view(x.shape), y.view(x.shape), scale
+
+
+def _norm_backward(x, weight, scale, dy, dtotal, needs_dweight):
+    """dx, to which dtotal is added where it is given, and dweight or None."""
+    rows, dy, contiguous = _rows(x), _rows(dy), weight.contiguous()
+    added = None if dtotal is None else _rows(dtotal)
+    count, features = rows.shape
+    dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    programs, partial = count, None
+    if needs_dweight:
+        programs = min(count, WEIGHT_GRADIENT_PROGRAMS)
+        partial = torch.empty(programs, features, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(features)
+    if count:
+        with torch.cuda.device_of(x):
+            _rms_norm_backward[(programs,)](
+                rows,
+                contiguous,
+                scale,
+                dy,
+                added,
+                dx,
+                partial,
+                stride=rows.stride(0),
+                dy_stride=dy.stride(0),
+                added_stride=0 if added is None else added.stride(0),
+                rows=count,
+                rows_per_program=-(-count // programs),
+                features=features,
+                BLOCK=block,
+                num_warps=_warps(block),
+            )
+    return dx.view(x.shape), None if partial is None else partial.sum(0).to(weight.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -264,53 +339,67 @@ def _launch_swiglu(kernel, **tensors):
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def run(x, cos, sin, backward=False):
-        tokens = x.transpose(0, 1)[None] if x.ndim == 3 else x  # [B, H, S, D]
-        tokens = tokens if tokens.stride(3) == 1 else tokens.contiguous()
-        batch, heads, length, features = tokens.shape
+    def run(query, key, cos, sin, backward=False):
+        q, k = (_by_token(x) for x in (query, key))
+        batch, length, _, features = q.shape
         cos, sin = (y.expand(batch, length, features).contiguous() for y in (cos, sin))
-        y = torch.empty(batch, length, heads, features, dtype=x.dtype, device=x.device)
-        wide = torch.promote_types(x.dtype, cos.dtype)
-        if y.numel():
-            with torch.cuda.device_of(x):
+        turned = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
+        heads = {"Q_HEADS": q.shape[2], "K_HEADS": k.shape[2]}
+        wide = torch.promote_types(query.dtype, cos.dtype)
+        if q.numel():
+            with torch.cuda.device_of(query):
                 _rotary_rows[(batch * length,)](
-                    tokens,
+                    q,
+                    k,
                     cos,
                     sin,
-                    y,
-                    batch_stride=tokens.stride(0),
-                    head_stride=tokens.stride(1),
-                    token_stride=tokens.stride(2),
+                    *turned,
+                    *q.stride()[:3],
+                    *k.stride()[:3],
                     length=length,
-                    heads=heads,
-                    half=features // 2,
+                    HALF=features // 2,
                     ROUND=wide != torch.float32,
                     BACKWARD=backward,
-                    HEADS=triton.next_power_of_2(heads),
                     BLOCK=triton.next_power_of_2(features // 2),
+                    **heads,
+                    **{f"{x}_2": triton.next_power_of_2(n) for x, n in heads.items()},
                 )
-        return y[0] if x.ndim == 3 else y.transpose(1, 2)
+        return tuple(x[0] if query.ndim == 3 else x.transpose(1, 2) for x in turned)
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, query, key, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _Rotary.run(x, cos, sin)
+        return _Rotary.run(query, key, cos, sin)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        return _Rotary.run(dy, *ctx.saved_tensors, backward=True), None, None
+    def backward(ctx, dq, dk):
+        return *_Rotary.run(dq, dk, *ctx.saved_tensors, backward=True), None, None
+
+
+def _by_token(x):
+    """x [N, H, D] or [B, H, S, D] as a view [B, S, H, D] whose features lie next to each other."""
+    x = x[None] if x.ndim == 3 else x.transpose(1, 2)
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 if triton is not None:
 
     @triton.jit
-    def _rms_norm_forward(x, weight, y, scale, eps, stride, features, BLOCK: tl.constexpr):
-        """One row of x [N, D]: writes y [N, D] and, if given, scale [N]."""
+    def _rms_norm_forward(
+        x, added, weight, total, y, scale, eps, stride, added_stride, features, BLOCK: tl.constexpr
+    ):
+        """One row of x [N, D]: writes y [N, D] and, if given, scale [N]. With `added` [N, D], y is
+        the norm of x + added, which is written to total [N, D].
+        """
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < features
         values = tl.load(x + row * stride + column, inside, 0.0)
+        if added is not None:
+            other = tl.load(added + row * added_stride + column, inside, 0.0)
+            values = (values.to(tl.float32) + other.to(tl.float32)).to(values.dtype)
+            tl.store(total + row * features + column, values, inside)
         wide = values.to(tl.float32)
         inverse = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, 0) / features + eps)
         normed = (wide * inverse).to(values.dtype).to(tl.float32)
@@ -325,10 +414,12 @@ if triton is not None:
         weight,
         scale,
         dy,
+        added,
         dx,
         partial,
         stride,
         dy_stride,
+        added_stride,
         rows,
         rows_per_program,
         features,
@@ -338,7 +429,8 @@ if triton is not None:
         forward, and writes dx [N, D] and, if given, its part of dweight: row p of partial
         [programs, D].
 
-        With n = x * scale: dx = scale * (weight * dy - n * mean(weight * dy * n)).
+        With n = x * scale: dx = scale * (weight * dy - n * mean(weight * dy * n)), plus `added`
+        [N, D] where it is given.
         """
         program = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
@@ -355,6 +447,9 @@ if triton is not None:
             scaled = upper * weights
             mean = tl.sum(scaled * normed, 0) / features
             lower = inverse * (scaled - normed * mean)
+            if added is not None:
+                other = tl.load(added + row * added_stride + column, present, 0.0)
+                lower += other.to(tl.float32)
             tl.store(dx + row * features + column, lower.to(dx.dtype.element_ty), present)
             gradient += upper * normed.to(values.dtype).to(tl.float32)
         if partial is not None:
@@ -420,48 +515,55 @@ if triton is not None:
         return product
 
     @triton.jit
-    def _rotary_rows(
-        x,
-        cos,
-        sin,
-        y,
-        batch_stride,
-        head_stride,
-        token_stride,
-        length,
-        heads,
-        half,
+    def _rotate_heads(
+        x, y, head_stride, cos_1, cos_2, sin_1, sin_2,
+        HEADS: tl.constexpr, HEADS_2: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
         ROUND: tl.constexpr,
-        BACKWARD: tl.constexpr,
-        HEADS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """One token, all heads: reads x [B, H, S, D] of any strides and cos and sin [B, S, D],
-        writes y [B, S, H, D]. 1 and 2 are the halves of D.
+    ):  # fmt: skip
+        """All heads of one token: reads x [H, D] at head_stride, writes y [H, D]."""
+        head = tl.arange(0, HEADS_2).to(tl.int64)[:, None]
+        column = tl.arange(0, BLOCK)[None, :]
+        present = (head < HEADS) & (column < HALF)
+        source = x + head * head_stride + column
+        first = tl.load(source, present, 0.0)
+        dtype = first.dtype
+        x_1 = first.to(tl.float32)
+        x_2 = tl.load(source + HALF, present, 0.0).to(tl.float32)
+        y_1 = _product(x_1, cos_1, dtype, ROUND) - _product(x_2, sin_1, dtype, ROUND)
+        y_2 = _product(x_2, cos_2, dtype, ROUND) + _product(x_1, sin_2, dtype, ROUND)
+        target = y + head * HALF * 2 + column
+        tl.store(target, y_1.to(dtype), present)
+        tl.store(target + HALF, y_2.to(dtype), present)
+
+    @triton.jit
+    def _rotary_rows(
+        q, k, cos, sin, q_out, k_out, q_batch, q_token, q_head, k_batch, k_token, k_head, length,
+        HALF: tl.constexpr, ROUND: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+        Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+        Q_HEADS_2: tl.constexpr, K_HEADS_2: tl.constexpr,
+    ):  # fmt: skip
+        """One token, all heads: reads q and k [B, S, H, D] of any strides and cos and sin
+        [B, S, D], writes q_out and k_out [B, S, H, D]. 1 and 2 are the halves of D.
 
         Forward: y1 = x1 cos1 - x2 sin1, y2 = x2 cos2 + x1 sin2.
         Backward, where x is dy and y is dx: dx1 = dy1 cos1 + dy2 sin2, dx2 = dy2 cos2 - dy1 sin1.
         """
-        token = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        inside = column < half
-        angle = token * half * 2 + column
-        cos_1 = tl.load(cos + angle, inside, 0.0).to(tl.float32)[None, :]
-        cos_2 = tl.load(cos + angle + half, inside, 0.0).to(tl.float32)[None, :]
-        sin_1 = tl.load(sin + angle, inside, 0.0).to(tl.float32)[None, :]
-        sin_2 = tl.load(sin + angle + half, inside, 0.0).to(tl.float32)[None, :]
-        head = tl.arange(0, HEADS).to(tl.int64)[:, None]
-        start = (token // length) * batch_stride + (token % length) * token_stride
-        source = x + start + head * head_stride + column[None, :]
-        present = (head < heads) & inside[None, :]
-        first = tl.load(source, present, 0.0)
-        dtype = first.dtype
-        x_1 = first.to(tl.float32)
-        x_2 = tl.load(source + half, present, 0.0).to(tl.float32)
+        row = tl.program_id(0).to(tl.int64)
+        batch, token = row // length, row % length
+        column = tl.arange(0, BLOCK)[None, :]
+        inside = column < HALF
+        angle = row * HALF * 2 + column
+        cos_1 = tl.load(cos + angle, inside, 0.0).to(tl.float32)
+        cos_2 = tl.load(cos + angle + HALF, inside, 0.0).to(tl.float32)
+        sin_1 = tl.load(sin + angle, inside, 0.0).to(tl.float32)
+        sin_2 = tl.load(sin + angle + HALF, inside, 0.0).to(tl.float32)
         if BACKWARD:
             sin_1, sin_2 = -sin_2, -sin_1
-        y_1 = _product(x_1, cos_1, dtype, ROUND) - _product(x_2, sin_1, dtype, ROUND)
-        y_2 = _product(x_2, cos_2, dtype, ROUND) + _product(x_1, sin_2, dtype, ROUND)
-        target = y + (token * heads + head) * half * 2 + column[None, :]
-        tl.store(target, y_1.to(dtype), present)
-        tl.store(target + half, y_2.to(dtype), present)
+        _rotate_heads(
+            q + batch * q_batch + token * q_token, q_out + row * Q_HEADS * HALF * 2, q_head,
+            cos_1, cos_2, sin_1, sin_2, Q_HEADS, Q_HEADS_2, HALF, BLOCK, ROUND,
+        )  # fmt: skip
+        _rotate_heads(
+            k + batch * k_batch + token * k_token, k_out + row * K_HEADS * HALF * 2, k_head,
+            cos_1, cos_2, sin_1, sin_2, K_HEADS, K_HEADS_2, HALF, BLOCK, ROUND,
+        )  # fmt: skip

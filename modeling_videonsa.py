@@ -102,7 +102,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        query, key = (rotary(x, *position_embeddings) for x in (query, key))
+        query, key = rotary(query, key, *position_embeddings)
         if cache is not None:
             # Contiguous, because a cache that grows copies other views at a quarter of the speed.
             key, value = cache.update(key.contiguous(), value.contiguous(), self.layer_idx)

@@ -130,7 +130,7 @@ class VideoNSAVisionAttention(Qwen2_5_VLVisionAttention):
         """hidden_states [N, hidden], cos and sin float32 [N, D]; returns [N, hidden]."""
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
         cos, sin = (x.float() for x in position_embeddings)  # mixed precision may have cast them
-        query, key = (rotary(qkv[:, part], cos, sin) for part in (0, 1))
+        query, key = rotary(qkv[:, 0], qkv[:, 1], cos, sin)
         states = query, key, qkv[:, 2]
         if sequences.rows is not None:
             states = [x[sequences.rows] for x in states]

@@ -32,6 +32,11 @@ def stock_rms_norm(x, weight, eps):
     return norm(x)
 
 
+def stock_add_rms_norm(x, residual, weight, eps):
+    total = residual + x
+    return total, stock_rms_norm(total, weight, eps)
+
+
 def stock_swiglu(gate, up):
     return torch.nn.functional.silu(gate) * up
 
@@ -40,12 +45,13 @@ def stock_halves(gate_up):
     return stock_swiglu(*gate_up.chunk(2, dim=-1))
 
 
-def stock_rotary(x, cos, sin):
-    axis = 1 if x.ndim == 4 else -2
-    if cos.dtype == torch.float32 and x.dtype != torch.float64:  # as the vision tower does it
-        wide = stock.apply_rotary_pos_emb(x.float(), x.float(), cos, sin, unsqueeze_dim=axis)[0]
-        return wide.to(x.dtype)
-    return stock.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=axis)[0]
+def stock_rotary(query, key, cos, sin):
+    axis = 1 if query.ndim == 4 else -2
+    if cos.dtype == torch.float32 and query.dtype != torch.float64:  # as the vision tower does it
+        states = query.float(), key.float()
+        wide = stock.apply_rotary_pos_emb(*states, cos, sin, unsqueeze_dim=axis)
+        return tuple(x.to(query.dtype) for x in wide)
+    return stock.apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=axis)
 
 
 def check(function, expression, inputs, dtype, constants=()):
@@ -59,9 +65,13 @@ def check(function, expression, inputs, dtype, constants=()):
             else x
             for x in constants
         ]
-        output = function(*leaves, *fixed)
-        upper = numbers(*output.shape, seed=9, device=output.device).to(dtype)
-        return [output.detach(), *torch.autograd.grad(output, leaves, upper)]
+        outputs = function(*leaves, *fixed)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        uppers = [
+            numbers(*output.shape, seed=9 + index, device=output.device).to(dtype)
+            for index, output in enumerate(outputs)
+        ]
+        return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, uppers)]
 
     inputs = [x.to(dtype).double() for x in inputs]
     results = zip(
@@ -86,13 +96,52 @@ def test_rms_norm(shape, dtype):
     )
 
 
+@DTYPES
+@pytest.mark.parametrize("shape", [(3, 5, 48), (1, 64)], ids=str)
+def test_add_rms_norm(shape, dtype):
+    check(
+        lambda *x: fused.add_rms_norm(*x, 1e-6),
+        lambda *x: stock_add_rms_norm(*x, 1e-6),
+        [numbers(*shape) * 3, numbers(*shape, seed=2), numbers(shape[-1], seed=1)],
+        dtype,
+    )
+
+
+def test_add_rms_norm_rounds_the_sum_as_stock_does():
+    x, residual = numbers(4, 16).half(), (numbers(4, 16, seed=2) * 300).half()
+    weight = numbers(16, seed=1).half()
+    got, wanted = (f(x, residual, weight, 1e-6) for f in (fused.add_rms_norm, stock_add_rms_norm))
+    assert torch.equal(got[0], wanted[0])
+    torch.testing.assert_close(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["sum alone", "norm alone"])
+def test_add_rms_norm_where_one_of_its_outputs_is_unused(used):
+    check(
+        lambda *x: fused.add_rms_norm(*x, 1e-6)[used],
+        lambda *x: stock_add_rms_norm(*x, 1e-6)[used],
+        [numbers(3, 24), numbers(3, 24, seed=2)],
+        torch.float32,
+        constants=[numbers(24, seed=1).float()],
+    )
+
+
+def test_add_rms_norm_of_views_and_of_two_dtypes():
+    x, residual = numbers(6, 40).float()[:, 4:28], numbers(24, 6, seed=2).float().T
+    weight = numbers(24, seed=1).float()
+    for other in (residual, residual[:1], residual.half()):
+        got, wanted = (f(x, other, weight, 1e-6) for f in (fused.add_rms_norm, stock_add_rms_norm))
+        torch.testing.assert_close(got, wanted)
+
+
 def test_no_rows():
     x = torch.zeros(0, 16, requires_grad=True)
-    table = torch.zeros(0, 8)
+    table, heads = torch.zeros(0, 8), x.view(0, 2, 8)
     for y in (
         fused.rms_norm(x, torch.ones(16), 1e-6),
+        torch.cat(fused.add_rms_norm(x, x, torch.ones(16), 1e-6)),
         fused.swiglu_halves(x),
-        fused.rotary(x.view(0, 2, 8), table, table),
+        torch.cat(fused.rotary(heads, heads, table, table)),
     ):
         assert not len(y) and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
 
@@ -143,41 +192,57 @@ def test_swiglu_of_the_halves_of_one_matrix(dtype):
 def test_rotary(layout, wide, dtype):
     table = torch.float32 if wide else dtype
     if layout == "tokens":
-        inputs, angles = numbers(7, 3, 20), numbers(7, 20, seed=1)
+        inputs, angles = [numbers(7, 3, 20), numbers(7, 1, 20, seed=2)], numbers(7, 20, seed=1)
     else:
-        inputs, angles = numbers(2, 5, 3, 20), numbers(2, 5, 20, seed=1)
+        inputs, angles = [numbers(2, 5, n, 20, seed=n) for n in (3, 2)], numbers(2, 5, 20, seed=1)
     # Halves that differ: a backward pass that takes the wrong one must fail.
     cos, sin = angles.cos().to(table), angles.sin().to(table)
 
     def of(function):
-        return lambda x, cos, sin: function(
-            x if layout == "tokens" else x.transpose(1, 2), cos, sin
-        )
+        def call(query, key, cos, sin):
+            states = [x if layout == "tokens" else x.transpose(1, 2) for x in (query, key)]
+            return function(*states, cos, sin)
 
-    check(of(fused.rotary), of(stock_rotary), [inputs], dtype, constants=[cos, sin])
+        return call
+
+    check(of(fused.rotary), of(stock_rotary), inputs, dtype, constants=[cos, sin])
 
 
-def test_rotary_of_a_part_of_a_fused_projection_and_one_table_for_a_batch():
+def test_rotary_of_parts_of_a_fused_projection_and_one_table_for_a_batch():
     qkv = numbers(6, 3, 2, 16).float()
     angles = numbers(6, 16, seed=1).float()
-    expected = stock_rotary(qkv[:, 1].contiguous(), angles.cos(), angles.sin())
-    torch.testing.assert_close(fused.rotary(qkv[:, 1], angles.cos(), angles.sin()), expected)
-    x = numbers(2, 4, 6, 16).float()
+    expected = stock_rotary(
+        qkv[:, 0].contiguous(), qkv[:, 1].contiguous(), angles.cos(), angles.sin()
+    )
+    actual = fused.rotary(qkv[:, 0], qkv[:, 1], angles.cos(), angles.sin())
+    torch.testing.assert_close(actual, expected)
+    query, key = numbers(2, 4, 6, 16).float(), numbers(2, 1, 6, 16, seed=2).float()
     cos, sin = angles.cos()[None], angles.sin()[None]
-    actual = fused.rotary(x, cos, sin)
-    torch.testing.assert_close(actual, stock_rotary(x, cos, sin))
-    assert actual.transpose(1, 2).is_contiguous()
+    actual = fused.rotary(query, key, cos, sin)
+    torch.testing.assert_close(actual, stock_rotary(query, key, cos, sin))
+    assert all(x.transpose(1, 2).is_contiguous() for x in actual)
 
 
 def test_plain_expressions_are_the_stock_ones(monkeypatch):
     monkeypatch.setattr(fused, "_runs_fused", lambda *tensors: False)
     x, weight = numbers(3, 16).bfloat16(), numbers(16, seed=1).bfloat16()
     assert torch.equal(fused.rms_norm(x, weight, 1e-6), stock_rms_norm(x, weight, 1e-6))
+    sums = zip(
+        fused.add_rms_norm(x, 2 * x, weight, 1e-6),
+        stock_add_rms_norm(x, 2 * x, weight, 1e-6),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in sums)
     assert torch.equal(fused.swiglu_halves(x), stock_halves(x))
     heads = x.view(3, 2, 8)
     for dtype in (torch.bfloat16, torch.float32):
         cos, sin = (weight[:8].expand(3, 8).to(dtype) * k for k in (1, 2))
-        assert torch.equal(fused.rotary(heads, cos, sin), stock_rotary(heads, cos, sin))
+        turned = zip(
+            fused.rotary(heads, heads[:, :1], cos, sin),
+            stock_rotary(heads, heads[:, :1], cos, sin),
+            strict=True,
+        )
+        assert all(torch.equal(a, b) for a, b in turned)
 
 
 def test_modules_keep_the_stock_parameters_and_results():
@@ -190,6 +255,9 @@ def test_modules_keep_the_stock_parameters_and_results():
         ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
         x = numbers(2, 3, 16).float()
         torch.testing.assert_close(ours(x), theirs(x))
+    total, normed = ours(x, 2 * x)
+    torch.testing.assert_close(total, 3 * x)
+    torch.testing.assert_close(normed, theirs(3 * x))
 
 
 def test_very_many_tokens_learn_in_tiles(monkeypatch):
@@ -237,6 +305,36 @@ def test_rms_norm_at_real_sizes(rows, features):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows, features", [(4097, 1280), (4097, 3584), (1, 3584)])
+def test_add_rms_norm_at_real_sizes(rows, features):
+    check(
+        lambda *x: fused.add_rms_norm(*x, 1e-6),
+        lambda *x: stock_add_rms_norm(*x, 1e-6),
+        [numbers(rows, features, seed=seed, device="cuda") for seed in (0, 2)]
+        + [numbers(features, seed=1, device="cuda")],
+        torch.bfloat16,
+    )
+
+
+@pytest.mark.gpu
+def test_a_recorded_graph_runs_small_tensors_through_the_kernels(monkeypatch):
+    """One launch for a norm, not the two or more of torch; outside, the choice is as before."""
+    monkeypatch.undo()
+    x, weight = (numbers(n, device="cuda").bfloat16() for n in (3584, 3584))
+    x = x[None]
+    eager = fused.add_rms_norm(x, x, weight, 1e-6)
+    with fused.recorded_launches():
+        assert fused._runs_fused(x)
+        fused.add_rms_norm(x, x, weight, 1e-6)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = fused.add_rms_norm(x, x, weight, 1e-6)
+    assert not fused._runs_fused(x)
+    graph.replay()
+    torch.testing.assert_close(recorded, eager)
+
+
+@pytest.mark.gpu
 def test_few_rows_of_rms_norm(monkeypatch):
     monkeypatch.undo()
     inputs = [numbers(3, 3584, device="cuda"), numbers(3584, seed=1, device="cuda")]
@@ -264,20 +362,20 @@ def test_vision_rotary_at_real_sizes(heads, features, table):
     check(
         fused.rotary,
         stock_rotary,
-        [numbers(4099, heads, features, device="cuda")],
+        [numbers(4099, heads, features, seed=seed, device="cuda") for seed in (0, 2)],
         torch.bfloat16,
         constants=[angles.cos().to(table), angles.sin().to(table)],
     )
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [28, 4])
+@pytest.mark.parametrize("heads", [(28, 4), (4, 4)])
 def test_text_rotary_at_real_sizes(heads):
     angles = numbers(1, 4099, 128, seed=1, device="cuda") * 30
     check(
         fused.rotary,
         stock_rotary,
-        [numbers(1, heads, 4099, 128, device="cuda")],
+        [numbers(1, n, 4099, 128, seed=n, device="cuda") for n in heads],
         torch.bfloat16,
         constants=[angles.cos().bfloat16(), angles.sin().bfloat16()],
     )
