@@ -6,15 +6,14 @@ message says of it.
 
 import io
 import os
+import string
+import urllib.parse
+import urllib.request
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers.image_utils import (
-    ChannelDimension,
-    infer_channel_dimension_format,
-    load_image,
-)
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 from transformers.utils import logging
 
 from .message_parts_videonsa import (
@@ -101,11 +100,11 @@ def open_picture(source) -> Image.Image:
         if isinstance(source, Image.Image):
             picture = source
         elif is_address(source):
-            picture = load_image(source, timeout=60)
+            picture = Image.open(_fetch(source))
         else:
             picture = Image.open(_picture_file(source, name))
-            if picture.format in NO_PICTURES:
-                raise ValueError(f"{picture.format} is not taken")
+        if picture.format in NO_PICTURES:
+            raise ValueError(f"{picture.format} is not taken")
     except FileNotFoundError:
         raise
     except Image.DecompressionBombError as error:
@@ -207,6 +206,14 @@ def as_tensor(array) -> torch.Tensor:
     if isinstance(array, np.ndarray):
         array = np.ascontiguousarray(array)
     return torch.as_tensor(array)
+
+
+def _fetch(address):
+    """What is at an address. The library's load_image would convert it before it is looked at."""
+    plain = urllib.parse.quote(address, safe=string.punctuation)  # as browsers take them
+    request = urllib.request.Request(plain, headers={"User-Agent": "videonsa"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return io.BytesIO(response.read())
 
 
 def _picture_file(source, name):

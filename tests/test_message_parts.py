@@ -620,7 +620,7 @@ def test_a_moving_picture_is_a_video(processor, tmp_path, kind):
         assert out["second_per_grid_ts"].tolist() == pytest.approx([0.5])
 
 
-def test_an_image_by_address_is_told_by_its_content(processor, folder):
+def test_an_image_by_address_is_told_by_its_content(processor, folder, caplog):
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
@@ -632,7 +632,14 @@ def test_an_image_by_address_is_told_by_its_content(processor, folder):
         expected = take(processor, message({"type": "image", "image": str(folder / "picture.png")}))
         part = {"type": "image", "image": f"{address}/picture.png?signature=a%2Bb"}
         assert_same(processor, message(part), expected)
-        with pytest.raises(ValueError, match="absent.png cannot be read as an image"):
+        Image.fromarray(np.zeros((28, 28), np.uint16)).save(folder / "deep.png")
+        frames = [Image.fromarray(clips.frame_image(n, 28, 28)) for n in range(3)]
+        frames[0].save(folder / "möving 1.gif", save_all=True, append_images=frames[1:])
+        with pytest.raises(ValueError, match=r"deep\.png holds numbers of more than 8 bits"):
+            take(processor, message({"type": "image", "image": f"{address}/deep.png"}))
+        take(processor, message({"type": "image", "image": f"{address}/möving 1.gif"}))
+        assert "möving 1.gif holds 3 pictures, of which an image is the first" in caplog.text
+        with pytest.raises(ValueError, match="absent.png cannot be read as an image .*404"):
             take(processor, message({"type": "image", "image": f"{address}/absent.png"}))
         server.shutdown()
 
