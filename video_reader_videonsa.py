@@ -230,9 +230,10 @@ class VideoFile:
         self._open()
         kind = self.container.format
         self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
-        if kind.flags & av.format.Flags.no_timestamps.value:
-            self.rate = float(self.stream.guessed_rate or self.rate)
         self.tick = float(self.stream.time_base)
+        # A frame at every tick: of a DV file FFmpeg says 60,000 a second.
+        if kind.flags & av.format.Flags.no_timestamps.value or self.rate * self.tick >= 1:
+            self.rate = float(self.stream.guessed_rate or self.rate)
         # Recordings in these formats can be joined byte by byte, and state no duration.
         self.may_jump = bool(kind.flags & av.format.Flags.ts_discont.value)
         self.start, self.stamped = 0, None  # not known yet

@@ -607,6 +607,18 @@ def test_a_key_frame_on_the_way_is_jumped_to(folder):
     assert len(decoded) < 0.3 * LONG
 
 
+def test_a_digital_camcorder(processor, folder):
+    """25 frames a second, of which FFmpeg says 60,000."""
+    path = clips.write_clip(
+        folder / "tape.dv", 50, 576, 720, codec="dvvideo", rate=25, pixels="yuv420p"
+    )
+    with VideoFile(str(path)) as file:
+        assert (file.frames, file.rate, file.duration) == (50, 25, pytest.approx(2))
+    frames, metadata, _ = read(processor, path, fps=50)
+    assert [clips.number_in(frame) for frame in frames] == list(range(50))
+    assert metadata.fps == pytest.approx(25)
+
+
 @pytest.mark.parametrize("name", IN_ORDER)
 def test_what_cannot_be_sought_is_decoded_in_order_once(folder, name, caplog):
     path = clips.write_clip(folder / name, 60, **IN_ORDER[name])
