@@ -264,6 +264,7 @@ class VideoFile:
 
     def _set_shape(self, first):
         self.orientation = orientation_of(first, self.name)
+        self.stored = first.height, first.width
         # Pixels need not be square: a DVD's 720 x 576 are shown as 1024 x 576.
         aspect = float(self.stream.sample_aspect_ratio or 1)
         if not 0.1 < aspect < 10:
@@ -306,6 +307,12 @@ class VideoFile:
 
     def image(self, frame) -> np.ndarray:
         """The upright picture of a frame, uint8 [height, width, 3], its pixels as stored."""
+        height, width = self.stored
+        if not 0.98 < frame.height * width / (frame.width * height) < 1.02:
+            logger.warning_once(
+                f"{self.name}: its pictures change their shape, from {height}x{width} to "
+                f"{frame.height}x{frame.width}; all are stretched to that of the first."
+            )
         matrix, how = MATRICES.get(int(frame.colorspace)), {}
         if matrix is not None:
             how = {

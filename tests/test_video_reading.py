@@ -361,6 +361,21 @@ def test_fragments_of_several_headers(processor, tmp_path, caplog):
             read(processor, path)
 
 
+@pytest.mark.parametrize(("size", "said"), [((160, 96), True), ((192, 320), False)])
+def test_pictures_that_change_their_shape_are_said(processor, tmp_path, caplog, size, said):
+    """Between two broadcasts, say; another size of the same shape is no matter."""
+    parts = [
+        clips.write_clip(tmp_path / "a.ts", 20),
+        clips.write_clip(tmp_path / "b.ts", 20, *size),
+    ]
+    path = tmp_path / "sizes.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    frames, *_ = read(processor, path, fps=2)
+    assert [clips.number_in(frame) for frame in frames] == 2 * [0, 5, 10, 15]
+    notice = "sizes.ts: its pictures change their shape, from 96x160 to 160x96; all are stretched"
+    assert (notice in caplog.text) is said
+
+
 def test_a_clock_that_jumps_ahead(processor, folder):
     """The second recording of a transport stream comes from later in the day."""
     parts = [
