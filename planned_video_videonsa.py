@@ -88,6 +88,8 @@ class PlannedFile(_Planned):
         plan = settings.plan(end - start, frames, *shape)
         self.seconds = [start + second for second in plan.seconds]
         every = settings.do_sample_frames is False
+        if every:
+            _warn_of_unused_rate(settings, settings.fps_given, "do_sample_frames is False")
         if every or 2 * plan.frames > frames:
             # Headers also count frames that are not shown; so many are counted one by one.
             times = [time for time in file.frame_times() if start <= time < end] or [start]
@@ -175,6 +177,9 @@ class PlannedFrames(_Planned):
                 "of the part that is wanted."
             )
         sample = bool(settings.do_sample_frames)
+        if settings.do_sample_frames is None:
+            asked = settings.fps_given and bool(metadata)  # else it is the rate of these frames
+            _warn_of_unused_rate(settings, asked, "Frames are given without do_sample_frames=True")
         if not metadata:
             if not settings.fps_given:
                 logger.warning_once(
@@ -207,6 +212,13 @@ class PlannedFrames(_Planned):
 
     def metadata(self, times=None) -> VideoMetadata:
         return replace(self._metadata)
+
+
+def _warn_of_unused_rate(settings, rate_is_asked, reason):
+    unused = ["fps"] * rate_is_asked + ["num_frames"] * (settings.num_frames is not None)
+    if unused:
+        values = ", ".join(f"{name}={getattr(settings, name):g}" for name in unused)
+        logger.warning_once(f"{reason}, so all are taken, whatever {values} says.")
 
 
 def _read_metadata(given, count) -> VideoMetadata:

@@ -214,4 +214,10 @@ def resolve_settings(message: dict, call: dict, defaults: dict) -> VideoSettings
         elif "fps" in asked:
             resolved |= {"num_frames": None, "fps_given": True}
         resolved |= {name: value for name, value in asked.items() if name in SETTINGS}
-    return VideoSettings(**resolved)
+    settings = VideoSettings(**resolved)
+    for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+        # A default minimum gives way to what is asked without a word.
+        least, most = getattr(settings, low), getattr(settings, high)
+        if low in {*call, *message} and least > most:
+            logger.warning_once(f"{low} is {least:,}, more than {high}, {most:,}, which holds.")
+    return settings

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor
+from transformers.utils import logging
 from videonsa.processing_videonsa import VideoNSAVideoProcessor
 from videonsa.video_settings_videonsa import SETTINGS, read_setting
 
@@ -145,6 +146,34 @@ def test_size_and_the_pixel_bounds_are_two_names_of_one_setting(processor, clip)
         for call in (take, lambda p, m, **kwargs: p.plan_videos(m, **kwargs)):
             with pytest.raises(ValueError, match="^size is .* two names of one setting; give one"):
                 call(processor, message(clip), size=size, **bounds)
+
+
+def test_a_minimum_that_gives_way_is_said(processor, clip, caplog):
+    logging.warning_once.cache_clear()
+    assert take(processor, message(clip, max_pixels=784, max_frames=2)) == [1, 2, 2]
+    assert not caplog.text
+    assert take(processor, message(clip, min_pixels=10**6), min_frames=20, max_frames=4)[0] == 2
+    assert "min_pixels is 1,000,000, more than max_pixels, 12,544, which holds" in caplog.text
+    assert "min_frames is 20, more than max_frames, 4, which holds" in caplog.text
+
+
+@pytest.mark.parametrize("asked", [{"fps": 1.0}, {"num_frames": 2}])
+def test_a_rate_that_chooses_nothing_is_said(processor, clip, asked, caplog):
+    ((name, value),) = asked.items()
+    frames = np.stack([clips.frame_image(n, 56, 84) for n in range(4)])
+    calls = [
+        lambda switch: take(processor, message(clip, do_sample_frames=switch, **asked)),
+        lambda switch: processor.video_processor.plan(
+            frames, {"fps": 10.0}, do_sample_frames=switch or None, **asked
+        ),
+    ]
+    for call in calls:
+        logging.warning_once.cache_clear()
+        caplog.clear()
+        call(True)
+        assert not caplog.text
+        call(False)
+        assert f"so all are taken, whatever {name}={value:g} says" in caplog.text
 
 
 def test_zero_is_not_the_same_as_nothing(processor, clip):
