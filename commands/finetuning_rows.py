@@ -32,24 +32,29 @@ ROLES |= {"model": "assistant", "bot": "assistant", "system": "system"}
 LISTS = ("messages", "conversations", "conversation")
 QUESTIONS = ("query", "question", "instruction", "prompt", "problem")
 ANSWERS = ("response", "answer", "output", "completion", "solution")
+TEXTS = {*QUESTIONS, *ANSWERS, "input", "system"}
 # Settings that a row may give for its one video, as a part of a message may.
 SETTINGS = {"video_start", "video_end", "min_frames", "max_frames", "min_pixels", "max_pixels"}
 SETTINGS |= {"total_pixels", "resized_height", "resized_width"}
 # What would change the meaning of a row and is not read.
 REFUSED = {"audio", "audios", "objects", "tools", "chosen", "rejected", "rejected_response"}
-REFUSED |= {"context", "system_prompt", "loss", "weight"}
+REFUSED |= {"context", "passage", "hint", "subtitle", "subtitles", "system_prompt"}
+REFUSED |= {"loss", "weight"}
 # Options of a question in columns of their own: "options", "option_a", "choice1", ...
 OPTIONS = re.compile(
-    r"(?:mc_?|mcq_?|answer_?|multiple_?choice_?)?(?:option|opt|choice|candidate|distractor)s?"
-    r"(?:_?(?:\d+|[a-z]|text|list)s?)?|(?:wrong|incorrect|false)_?(?:answer|option|choice)s?_?\d*",
+    r"(?:mcq?[_ ]?|answer_?|multiple_?choice_?)?(?:option|opt|choice|candidate|distractor)s?"
+    r"(?:[_ ]?(?:\d+|[a-z]|text|list)s?)?|(?:wrong|incorrect|false)_?(?:answer|option)s?_?\d*",
     re.I,
 )
 # ... or as NExT-QA and tables of letters have them; such a name alone may be anything.
 NUMBERED_OPTION = re.compile(r"(?:a|ans|answer)_?\d|[A-H]", re.I)
 # What might be a setting or a note about the file.
-UNCLEAR = {"fps", "num_frames", "nframes", "start", "end", "start_time", "end_time"}
-UNCLEAR |= {"start_sec", "end_sec", "clip_start", "clip_end", "start_frame", "end_frame"}
-UNCLEAR |= {"clip", "segment", "begin", "sample_fps"}
+UNCLEAR = re.compile(
+    r"fps|sample_fps|num_frames|nframes|clip|segment|span|interval|(?:time|clip|segment)_?range"
+    r"|(?:clip|segment|scene|shot|moment|video)?_?(?:start|end|begin)"
+    r"(?:_?(?:time|timestamp|sec|second|frame|ms|s)s?)*",
+    re.I,
+)
 # What a part of a video may say besides.
 PART_SETTINGS = {"image": {"min_pixels", "max_pixels", "resized_height", "resized_width"}}
 PART_SETTINGS["video"] = SETTINGS | {"fps", "sample_fps", "num_frames", "nframes", "max_tokens"}
@@ -62,7 +67,7 @@ FILE_KEY = re.compile(
 )
 # Words of a name that is about a medium, whatever stands under it: "video_id", "imageFile".
 MEDIUM_WORD = re.compile(
-    r"(?:^|[\W_])(?:videos?|vid|clips?|frames?|images?|img|pictures?|photos?|youtube|yt)(?:[\W_\d]|id|$)"
+    r"(?:^|[\W_])(?:media|videos?|vid|clips?|frames?|images?|img|pictures?|photos?|youtube|yt)(?:[\W_\d]|id|$)"
     r"|^(?:video|vid|image|img)(?=[A-Z])",
     re.I,
 )
@@ -108,7 +113,6 @@ def parse_row(row) -> list[dict]:
     row = {key: value for key, value in given.items() if not _is_empty(value)}
     if refused := sorted(REFUSED & row.keys()):
         raise ValueError(f"the row has {', '.join(refused)}, which is not supported: remove it")
-    _check_options(row)
     turns = _turns(row)
     media = {kind: _listed(row, kind, _count_tags(turns)) for kind in MEDIA}
     has_media = any(media.values())
@@ -116,6 +120,7 @@ def parse_row(row) -> list[dict]:
     _place_first(messages, media)
     _check_lost_media(messages, row, given)
     _check_sources(messages)
+    _check_options(messages, row)
     _set_for_one_video(messages, row)
     _check_control_tokens(messages)
     if not any(one["role"] == "assistant" and one.get("loss", True) for one in messages):
@@ -167,20 +172,35 @@ def _plain(value):
 
 def _is_empty(value):
     """Whether a cell of a table holds nothing."""
+    if isinstance(value, dict):  # as Arrow stores a file that is not there
+        value = list(value.values())
     if isinstance(value, list):
         return all(one is None for one in value)
-    return value is None or (isinstance(value, (str, dict)) and not value)
+    return value is None or (isinstance(value, str) and not value)
 
 
-def _check_options(row):
-    """Raises ValueError for options in columns of their own, which the question would lack."""
+def _check_options(messages, row):
+    """Raises ValueError for options in columns of their own, which the question does not have."""
     found = [key for key in row if OPTIONS.fullmatch(str(key))]
     numbered = [key for key in row if NUMBERED_OPTION.fullmatch(str(key))]
-    if found := found + (numbered if len(numbered) > 1 else []):
+    found += numbered if len(numbered) > 1 else []
+    users = [part for one in messages if one["role"] == "user" for part in one["content"]]
+    asked = "\n".join(part.get("text", "") for part in users)
+    options = [option for key in found for option in _leaves(row[key])]
+    options = [re.sub(r"^\s*\(?[A-Za-z][.):]\s*", "", str(option)).strip() for option in options]
+    if any(not re.search(rf"(?<!\w){re.escape(option)}(?!\w)", asked) for option in options):
         raise ValueError(
-            f"the row has {', '.join(found)}, as options of its question: they are not read; write "
-            "them into the question's text ('A. ...'), and the answer as it is to be given there"
+            f"the row has {', '.join(found)}, as options of its question, which has not all of "
+            "them: write them into its text ('A. ...'), and the answer as it is to be given there"
         )
+
+
+def _leaves(value):
+    """The single values in a list or dict of any depth."""
+    if isinstance(value, (list, dict)):
+        values = value.values() if isinstance(value, dict) else value
+        return [leaf for one in values for leaf in _leaves(one)]
+    return [value]
 
 
 def _short(value):
@@ -300,10 +320,15 @@ def _check_control_tokens(messages):
     """Drops the token that ends a turn at the end of an answer; refuses the template's in it.
 
     They would be learned, and end a turn or begin one that the row does not have. A user's text is
-    not learned, whatever it holds.
+    not learned, whatever it holds, but is not the whole prompt as the template writes it.
     """
     for message in messages:
         texts = [part for part in message["content"] if part["type"] == "text"]
+        if texts and texts[0]["text"].startswith("<|im_start|>"):
+            raise ValueError(
+                "a turn's text begins with <|im_start|>, as the chat template writes it: give the "
+                "turns themselves, as messages"
+            )
         if message["role"] != "assistant" or not texts:
             continue
         texts[-1]["text"] = texts[-1]["text"].removesuffix("<|im_end|>").rstrip()
@@ -446,10 +471,8 @@ def _check_lost_media(messages, row, given):
     for key in row.keys() - read:
         noted = has_media and key.lower().endswith(("name", "id"))  # beside the medium itself
         named = FILE_KEY.fullmatch(key) and not noted and _looks_like_media(row[key])
-        if not has_media:  # then it may also be under a longer name, or have an unusual one itself
-            last = key.rpartition("_")[2]
-            named = named or (FILE_KEY.fullmatch(last) and _looks_like_media(row[key]))
-            named = named or (row[key] and MEDIUM_WORD.search(key))
+        if not has_media and key not in TEXTS:  # then it may be under any name, or be named alone
+            named = _looks_like_media(row[key]) or (row[key] and MEDIUM_WORD.search(key))
         if named:
             raise ValueError(
                 f"the row has {key}, which is not read: give its file as {', '.join(MEDIA)} "
@@ -499,7 +522,8 @@ def _check_sources(messages):
 def _set_for_one_video(messages, row):
     """Gives the video of a row the settings that stand beside it."""
     videos = [part for part in all_parts(messages) if part["type"] == "video"]
-    if videos and (unclear := sorted(UNCLEAR & row.keys())):
+    unclear = sorted(str(key) for key in row if UNCLEAR.fullmatch(str(key)) and key not in SETTINGS)
+    if videos and unclear:
         raise ValueError(
             f"the row has {', '.join(unclear)}: as settings, name them video_start and video_end, "
             "or give them in the part of the video; as notes on the file, take them out"

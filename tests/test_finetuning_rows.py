@@ -114,6 +114,14 @@ TURNS = [user("<video>What?"), answer("red")]
             for number, learned in ((np.int64(3), "3"), (np.float32(2.5), "2.5"), (Decimal(3), "3"),
                                  (Decimal("3.50"), "3.50"), (np.str_("red"), "red"))
         ),
+        *(
+            ({"video": "a.mp4", "question": "What? A. red B. blue 2", "answer": "A", **options},
+             [("user", "<a.mp4>What? A. red B. blue 2"), ("assistant", "A")])
+            for options in ({"options": ["A. red", "(B) blue 2"]}, {"choices": {"A": "red"}},
+                            {"a0": "red", "a1": "blue"}, {"candidates": [2, "red"]})
+        ),
+        ({"images": [{"bytes": None, "path": None}], "question": "Which?", "answer": "b.mp4"},
+         [("user", "Which?"), ("assistant", "b.mp4")]),
         ({"videos": np.array(["a.mp4"], object), "messages": np.array(TURNS)}, ASKED),
         ({"video": "a.mp4", "messages": [*TURNS[:1], answer(np.array(["red"], object))]}, ASKED),
         ({"video": np.float64("nan"), "a": "x", "messages": [user("1 + 1?"), answer("2")]},
@@ -146,6 +154,15 @@ def test_settings_beside_a_video_are_the_videos():
         ({"video": "a.mp4", "audio": "a.wav", "messages": TURNS}, "has audio"),
         ({"video": "a.mp4", "start": 1, "end": 2, "messages": TURNS}, "name them video_start"),
         ({"video": "a.mp4", "nframes": 8, "messages": TURNS}, "has nframes"),
+        *(
+            ({"video": "a.mp4", key: 8, "messages": TURNS}, f"has {key}: as settings")
+            for key in ("start_timestamp", "clip_end_sec", "begin_time", "time_range", "end_s",
+                        "video_start_time", "clip_start_time", "Start", "segment_start", "span")
+        ),
+        ({"video": "a.mp4", "prompt": "<|im_start|>user\n<video>What?<|im_end|>\n",
+          "completion": "red"}, "begins with <\\|im_start\\|>"),
+        ({"video": "a.mp4", "question": "A. red\nB. blue", "answer": "A", "options": ["red", "bl"]},
+         "has not all"),
         ({"videos": ["a.mp4", "b.mp4"], "video_start": 1, "messages": [user("<video><video>?"),
                                                                       answer("x")]},
          "video_start for 2 videos"),
@@ -182,7 +199,8 @@ def test_settings_beside_a_video_are_the_videos():
              f"has {', '.join(keys)}, as options")
             for keys in (["a0", "a1"], ["option_a", "option_b"], ["A", "B"], ["choices"],
                          ["option"], ["candidates"], ["answer_choices"], ["option1"],
-                         ["mc_options"], ["wrong_answers"])
+                         ["mc_options"], ["wrong_answers"],
+                ["option 0", "option 1"], ["choice_list"])
         ),
         *(
             ({"video": "a.mp4", "messages": [user(f"{tag}What?"), answer("x")]},
@@ -230,6 +248,11 @@ def test_settings_beside_a_video_are_the_videos():
         ({"video": "a.mp4", "messages": TURNS[:1], "answer": "red"}, "put all turns into messages"),
         ({"video": "a.mp4", "question": "?", "input": "more", "answer": "x"}, "question and input"),
         ({"video": "a.mp4", "question": "?", "answer": "x", "context": "y"}, "has context"),
+        ({"video": "a.mp4", "question": "?", "answer": "x", "subtitles": "y"}, "has subtitles"),
+        *(
+            ({key: "a/b.mp4", "question": "?", "answer": "x"}, f"has {key}, which is not read")
+            for key in ("data", "source", "visual_input", "media", "path", "filename")
+        ),
         ({"video": "a.mp4", "messages": TURNS, "loss": False}, "has loss"),
         ({"video": "a.mp4", "messages": [{**TURNS[0], "value": "y"}, TURNS[1]]},
          "content and value: leave one"),
