@@ -29,7 +29,7 @@ _SINGLE = re.compile(_ONE)
 # Letters that are named together: "A or B", "A, B and C", "A/B", "A. Or maybe B", "A to B".
 _TOGETHER = _any(
     "and/or, and, and then, or, nor, to, plus, along with, together with, as well as",
-    "but (?:also|equally|maybe|perhaps|possibly)",
+    "but (?:also|equally|maybe|perhaps|possibly|(?:it )?(?:could|might|may) be)",
 )
 _JOIN = (
     rf"(?:\s*[,/&+]\s*|\s*,?\s+{_TOGETHER}\s+|\s*[.?!]+\s+{_any('or, maybe, perhaps, possibly')}\s+"
@@ -44,11 +44,11 @@ _OTHER = r"[^\x00-\x7f]"
 _BEFORE = re.compile(
     rf"(?:^|\n|[^\w\s]|{_OTHER}|\b"
     + _any(
-        "is, be, are, not, nor, and, or, but, than, of, with, for, to, like, say, think",
-        "guess, believe, that, between, both, either, neither, answer, option, choice, letter",
-        "choose, chose, chosen, select, pick, picked, so, therefore, thus, hence, it, its, as, in",
-        "out, eliminate, exclude, leaving, leaves, match(?:es)?, fits?, supports?, towards?",
-        r"sequence, statement, \w+ly, \w+'s",
+        "is, be, are, not, nor, and, or, but, than, of, for, to, like, (?:go|going|stick) with",
+        "say, think, guess, believe, that, between, both, either, neither, answer, option",
+        "choice, letter, choose, chose, chosen, select, pick, picked, so, therefore, thus, hence",
+        "it, its, as, in, out, eliminate, exclude, leaving, leaves, match(?:es)?, fits?, supports?",
+        r"towards?, sequence, statement, \w+ly, \w+'s",
     )
     + r")\s*$",
     re.IGNORECASE,
@@ -57,7 +57,10 @@ _BEFORE = re.compile(
 # that agrees ("is the best", "is seen", "fits"). All else that is said of an option leaves it
 # open: what speaks against one is said in too many ways to be listed.
 _HOW = r"(?:(?!part|near|hard|bare|scarce)\w+ly\s+)?"
-_IS = rf"(?:is|are|was|looks|seems|appears|must be|would be)\s+(?:to be\s+)?{_HOW}"
+_IS = (
+    r"(?:is|are|was|looks|seems|appears|(?:must|would|should|will|has to) be)\s+(?:to be\s+)?"
+    f"{_HOW}"
+)
 _BEST = (
     rf"(?:{_IS}(?:the\s+)?(?:(?:only|single|correct|right|best|most (?!un|im|in)\w+)\s+)*"
     + _any(
@@ -69,7 +72,10 @@ _BEST = (
 _FITS = (
     rf"(?:{_IS}{_any('seen, shown, visible, depicted, described, supported, consistent, what, it')}"
     rf"|(?:best\s+|clearly\s+|{_HOW})"
-    + _any("fits, matches, describes, reflects, represents, explains, happens, occurs")
+    + _any(
+        "fits, matches, describes, reflects, represents, explains, happens, happened, occurs",
+        "identifies, captures, depicts, corresponds, does match, does fit",
+    )
     + r")\b"
 )
 _AFTER = re.compile(
@@ -77,7 +83,7 @@ _AFTER = re.compile(
     + _any(
         "as, and, or, nor, but, not, because, since, rather, instead, than, over, according",
         "based, given, due, for, from, in, on, at, to, with, without, while, if",
-        "probably, definitely, certainly, clearly, surely",
+        "probably, definitely, certainly, clearly, surely, it is",
     )
     + r"(?![\w-]))"
 )
@@ -97,7 +103,8 @@ _NEGATED = re.compile(
         "everything but, any but, wrong, hardly, scarcely, barely, as for",
         "rul(?:e[sd]?|ing) out, eliminat(?:e[sd]?|ing), exclud(?:e[sd]?|ing), reject(?:s|ed|ing)?",
     )
-    + rf"\b|n'?\s?t\b)(?:\s+{_BRIDGE}\b|\s*[:,(\[])*\s*$"
+    + r"\b|n['\s]t\b|\b(?:is|are|was|were|do|does|did|ca|wo|would|could)nt\b)"
+    rf"(?:\s+{_BRIDGE}\b|\s*[:,(\[])*\s*$"
     r"|(?:[不非别][^\x00-\x7f、。]{0,4}|排除|除了?)\s*$",
     re.IGNORECASE,
 )
@@ -188,6 +195,7 @@ def _clean(text):
     thought = r"(?:think\w*|thought|reason\w*|reflect\w*|scratchpad)"
     text = re.sub(rf"(?is)<({thought})>.*?(</\1>|$)", " ", text)
     text = re.split(rf"(?i)</{thought}>", text)[-1]  # some templates open it in the prompt
+    text = re.sub(r"(?i)^\W*assistant\s*[:\n]", "", text)
     # Another turn is no part of the answer.
     mark = r"(?:<[^<>]*>|[ \t*_#])*"
     turn = rf"^{mark}(?:user|human){mark}(?::|$)|(?<=\n){mark}question{mark}:"

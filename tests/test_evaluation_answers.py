@@ -295,6 +295,15 @@ MEANS_X = [
     '{"option": "X", "text": "red"}',
     "X\n\n",
     "The answer is X but I'm not certain",
+    "Based on the video content, option X is the most accurate description.",
+    "The event: X",
+    "X correctly identifies the order",
+    "X should be the answer",
+    "X will be correct",
+    "X has to be right.",
+    "assistant\nX",
+    "X it is.",
+    "X does match the video.",
 ]
 # ... and these mean nothing, or several.
 MEANS_NONE = [
@@ -508,6 +517,10 @@ MEANS_NONE = [
     "<answer>X, Z</answer>",
     "X. Maybe Z.",
     "Not X but maybe Z",
+    "The frame with X in it",
+    "Probably X, but could be Y.",
+    "It isnt X",
+    "It isn t X",
 ]
 COLOURS = {"A": "a red car", "B": "red", "C": "red, blue", "D": "a dog"}
 
