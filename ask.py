@@ -59,6 +59,9 @@ def parse_arguments(argv=None):
     group.add_argument("--max-frames", type=int, metavar="N", help="of each video")
     group.add_argument("--max-pixels", type=int, metavar="N", help="of each frame")
     group.add_argument("--max-tokens", type=int, metavar="N", help="of all videos and images")
+    group.add_argument(
+        "--video-readers", type=int, metavar="N", help="threads that read a video, at most"
+    )
     options = parser.parse_args(argv)
 
     options.files, options.question = options.arguments, None
@@ -202,6 +205,7 @@ def make_conversation(options):
         "fps": options.fps,
         "max_frames": options.max_frames,
         "max_pixels": options.max_pixels,
+        "video_readers": options.video_readers,
     }
     return Conversation(
         processor,

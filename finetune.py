@@ -97,11 +97,14 @@ class DataArguments:
     min_pixels: int | None = field(default=None, metadata={"help": "of a frame"})
     max_pixels: int | None = field(default=None, metadata={"help": "of a frame"})
     total_pixels: int | None = field(default=None, metadata={"help": "of a video"})
+    video_readers: int | None = field(
+        default=None, metadata={"help": "threads that read a video, at most"}
+    )
     dry_run: bool = field(default=False, metadata={"help": "measure the data, train nothing"})
 
     def video_settings(self):
         names = ("fps", "num_frames", "min_frames", "max_frames")
-        names += ("min_pixels", "max_pixels", "total_pixels")
+        names += ("min_pixels", "max_pixels", "total_pixels", "video_readers")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 

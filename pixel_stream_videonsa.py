@@ -11,9 +11,10 @@ import weakref
 import torch
 
 # A stream decodes so many temporal steps at a time, fewer where they are large, and is so many
-# bytes of pixels ahead of what is read, or two such groups.
+# bytes of pixels ahead of what is read, or two such groups. As many bytes again may be frames that
+# its readers have decoded ahead (video_readers_videonsa.py).
 GROUP_STEPS, GROUP_BYTES = 8, 16 << 20
-AHEAD_BYTES = 256 << 20
+AHEAD_BYTES = 128 << 20
 
 
 class PixelStream:
@@ -24,9 +25,10 @@ class PixelStream:
     may start up to `overlap` rows, a temporal step of the largest video, before the end of what
     was read. A stream is read once.
 
-    From the first slice on a thread decodes, and waits when it is 256 MiB of pixels ahead (two
-    groups of temporal steps, where those take more). With the slice itself, the overlap and the
-    group being made, that is the host memory of a stream, however long its videos are. `close()`,
+    From the first slice on a thread decodes, and waits when it is 128 MiB of pixels ahead (two
+    groups of temporal steps, where those take more). With the slice itself, the overlap, the group
+    being made, and 128 MiB of frames where several readers decode, that is the host memory of a
+    stream, however long its videos are. `close()`,
     the end of a `with` block, an error, Ctrl-C and garbage collection stop the thread.
 
     Raises ValueError for rows that are gone, and where it is reached for what is wrong with a

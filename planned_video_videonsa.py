@@ -19,6 +19,7 @@ from .message_parts_videonsa import describe_source, is_file, is_picture, plain_
 from .pictures_videonsa import as_tensor, checked_array, load_picture
 from .video_plan_videonsa import VideoPlan
 from .video_reader_videonsa import Remeasure, VideoFile
+from .video_readers_videonsa import default_readers, read_frames
 from .video_settings_videonsa import VideoSettings, as_number, resolve_settings
 
 logger = logging.get_logger(__name__)
@@ -111,16 +112,23 @@ class PlannedFile(_Planned):
     def close(self):
         self.file.close()
 
-    def read(self, times):
-        """Yields the frames of the plan, uint8 [3, height, width]; adds their times to `times`.
+    def read(self, times, resize):
+        """Yields `resize(frame)` for the frames of the plan; adds their times to `times`.
+
+        resize: takes and gives uint8 [3, height, width], in the thread of the frame's reader.
 
         Raises Remeasure where the file is not as it was measured; plan it again then.
         """
+
+        def fetch(file, frame):
+            return resize(torch.from_numpy(file.image(frame).copy()).permute(2, 0, 1))
+
+        readers = self.settings.video_readers or default_readers()
         with self.take_file() as file:
             try:
-                for time, frame in file.frames_at(self.seconds):
+                for time, frame in read_frames(file, self.seconds, fetch, readers):
                     times.append(time)
-                    yield torch.from_numpy(file.image(frame).copy()).permute(2, 0, 1)
+                    yield frame
             except Remeasure:
                 self.file = file.closed_copy()
                 raise
@@ -205,10 +213,10 @@ class PlannedFrames(_Planned):
     def close(self):
         pass
 
-    def read(self, times):
-        """Yields the frames of the plan, uint8 [3, height, width]."""
+    def read(self, times, resize):
+        """Yields `resize(frame)` for the frames of the plan, uint8 [3, height, width]."""
         for i in self.kept:
-            yield self.frames[i]
+            yield resize(self.frames[i])
 
     def metadata(self, times=None) -> VideoMetadata:
         return replace(self._metadata)

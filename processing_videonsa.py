@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from inspect import signature
 from itertools import chain, islice
 from typing import NamedTuple
@@ -69,6 +70,7 @@ class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessor.valid_kwargs, total=Fal
     total_pixels, max_tokens: see `plan_video`.
     resized_height, resized_width: the size of every frame, whatever the pixel bounds say.
     video_start, video_end: seconds, to take a part of a file.
+    video_readers: how many threads read a file at most.
     video_backend: "pyav", which reads all files.
     progress: whether a bar shows how far a file is decoded.
     stream: whether the pixels come as a `PixelStream`.
@@ -81,6 +83,7 @@ class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessor.valid_kwargs, total=Fal
     resized_width: int | None
     video_start: float | int | None
     video_end: float | int | None
+    video_readers: int | None
     video_backend: str | None
     progress: bool | None
     stream: bool | None
@@ -101,6 +104,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
     fps = 2.0
     total_pixels = 128000 * 28 * 28 * 9 // 10
     max_tokens = None
+    video_readers = None
     stream = False
     cap_pixels_per_frame = False  # total_pixels does it
 
@@ -218,7 +222,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         """
         while True:
             times = []
-            frames = self._sized(planned.read(times), planned)
+            frames = planned.read(times, partial(self._fit, planned))
             try:
                 first = list(islice(frames, self.temporal_patch_size))
             except Remeasure:
@@ -279,7 +283,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             for reading, entry, number in zip(readings, metadata, steps, strict=True):
                 frames = chain(reading.first, reading.rest)
                 count = number * self.temporal_patch_size
-                while group := _next_frames(frames, count, reading):
+                while group := _next_frames(frames, count, reading, stop):
                     if stop.is_set():
                         return
                     out = self._to_patches([torch.stack(group)], [entry], kwargs)
@@ -293,20 +297,20 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             out["video_metadata"] = metadata
         return out
 
-    def _sized(self, frames, planned):
-        """Yields each frame resized as it comes, so that full-size frames do not accumulate."""
-        size = SizeDict(height=planned.plan.height, width=planned.plan.width)
+    def _fit(self, planned, frame):
+        """A frame [channels, height, width] in the size that was planned."""
+        height, width = frame.shape[-2:]
+        if planned.settings.do_resize is not False:
+            return self._resize(
+                frame, SizeDict(height=planned.plan.height, width=planned.plan.width)
+            )
         factor = self.patch_size * self.merge_size
-        for frame in frames:
-            height, width = frame.shape[-2:]
-            if planned.settings.do_resize is not False:
-                frame = self._resize(frame, size)
-            elif height % factor or width % factor:
-                raise ValueError(
-                    f"do_resize is False, but {height}x{width} pixels are not multiples of "
-                    f"{factor}; resize the frames to such a size or leave do_resize out."
-                )
-            yield frame
+        if height % factor or width % factor:
+            raise ValueError(
+                f"do_resize is False, but {height}x{width} pixels are not multiples of "
+                f"{factor}; resize the frames to such a size or leave do_resize out."
+            )
+        return frame
 
     def _resize(self, frame, size):
         """One frame [channels, height, width], as the parent resizes a whole video."""
@@ -330,10 +334,15 @@ class _Reading(NamedTuple):
     rest: Iterator
 
 
-def _next_frames(frames, count, reading):
-    """Up to `count` frames of a stream, whose plan can no longer change."""
+def _next_frames(frames, count, reading, stop):
+    """Up to `count` frames of a stream, whose plan can no longer change; fewer after `stop`."""
+    taken = []
     try:
-        return list(islice(frames, count))
+        for frame in islice(frames, count):
+            taken.append(frame)
+            if stop.is_set():
+                break
+        return taken
     except Remeasure:
         raise _not_as_measured(reading.planned, "frames of it had been given out") from None
 

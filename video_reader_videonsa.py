@@ -67,6 +67,10 @@ class Remeasure(Exception):
     """The file was not as measured; it has been measured again. Plan it and read it again."""
 
 
+class ReadingEnded(Exception):
+    """`VideoFile.ended` was set while the file was read."""
+
+
 class Clock:
     """Seconds since the first frame for the packets of a track, which come in decoding order.
 
@@ -128,12 +132,18 @@ class Packets(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A frame, its time in seconds since the first one, and the time of the earliest frame lost
-    since the frame before, if one was."""
+    """A frame, its time in seconds since the first one, and the times of the earliest frames that
+    were lost and that were skipped since the frame before, None where none was."""
 
     time: float
     frame: object
     lost: float | None
+    skipped: float | None
+
+    @property
+    def since(self):
+        """The time from which on the frame before is not on screen."""
+        return self.time if self.skipped is None else self.skipped
 
 
 class Losses:
@@ -143,19 +153,21 @@ class Losses:
     that was sent before the damage, or the next key frame. Frames come out in the order of their
     times, so what was sent and is passed by was lost.
 
-    seen: whether there has been damage.
+    seen: whether there has been damage.  skipped: times of packets whose frames need not come out.
     """
 
     def __init__(self):
-        self.seen = False
+        self.seen, self.skipped = False, []
         self.sent = {}  # times by time stamp, of packets whose frames have not come out
         self.dropped = []  # times of frames that were not to be shown
         self.sound = None  # while there is damage, the time stamps of what was sent before it
         self.has_keys = False  # whether a key frame was sent; otherwise there may never be one
 
-    def send(self, packet, time, damaged):
+    def send(self, packet, time, damaged, skipping):
         if packet.pts is not None and time is not None:
             self.sent[packet.pts] = time
+            if skipping:
+                self.skipped.append(time)
         self.has_keys |= packet.is_keyframe
         if damaged:
             self.start(packet)
@@ -171,7 +183,10 @@ class Losses:
         if len(self.sent) > 64 and not self.seen:  # packets of which no frame is ever shown
             passed = frame.pts if frame.pts is not None else -math.inf
             self.sent = {stamp: time for stamp, time in self.sent.items() if stamp >= passed}
-        return self.sent.pop(frame.pts, None)
+        time = self.sent.pop(frame.pts, None)
+        if time in self.skipped:
+            self.skipped.remove(time)
+        return time
 
     def is_right(self, frame, time):
         """Whether a frame may be shown."""
@@ -190,11 +205,18 @@ class Losses:
         """The time of the first picture lost between two that are shown one after the other."""
         if not self.seen or time is None:
             return None
-        lost = min(
-            (t for t in (*self.sent.values(), *self.dropped) if last < t < time), default=None
-        )
+        missing = (t for t in (*self.sent.values(), *self.dropped) if last < t < time)
+        lost = min((t for t in missing if t not in self.skipped), default=None)
         self.dropped = []
         return lost
+
+    def skipped_between(self, last, time):
+        """The time of the first picture skipped between two that come out one after the other."""
+        if not self.skipped or time is None:
+            return None
+        first = min((t for t in self.skipped if last < t < time), default=None)
+        self.skipped = [t for t in self.skipped if t > time]
+        return first
 
 
 class VideoFile:
@@ -220,8 +242,14 @@ class VideoFile:
     FIRST_LOOK = 16
     # Frames before the last that tell how long frames last there.
     TAIL = 9
+    # Decoders whose frames can be skipped where no other one refers to them. HEVC marks frames so
+    # that those of a higher temporal layer refer to.
+    SKIPPING = ("h264",)
 
     container = stream = None
+    # Set by those who read one file with several readers: whether reading is to end, and whether
+    # this is one of several, which do not measure the file again.
+    ended = one_of_several = False
 
     def __init__(self, source):
         self.source = VideoSource(source)
@@ -237,9 +265,10 @@ class VideoFile:
         # Recordings in these formats can be joined byte by byte, and state no duration.
         self.may_jump = bool(kind.flags & av.format.Flags.ts_discont.value)
         self.start, self.stamped = 0, None  # not known yet
+        self.skips, self.unskipped = self.stream.codec_context.name in self.SKIPPING, -math.inf
         in_order = kind.name in self.IN_ORDER
         first, lost, stamps = None, None, []
-        for time, frame, lost_from in islice(self._decode(), self.FIRST_LOOK if in_order else 1):
+        for time, frame, lost_from, _ in islice(self._decode(), self.FIRST_LOOK if in_order else 1):
             if first is None:
                 first, lost = frame, None if lost_from is None else time - lost_from
             stamps.append(frame.pts)
@@ -305,6 +334,16 @@ class VideoFile:
         other.container = other.stream = None
         return other
 
+    def moved(self):
+        """The same file with what is open of it; this one is closed then."""
+        other = copy.copy(self)
+        self.container = self.stream = None
+        return other
+
+    def ensure_open(self):
+        if self.container is None:
+            self._open()
+
     def image(self, frame) -> np.ndarray:
         """The upright picture of a frame, uint8 [height, width, 3], its pixels as stored."""
         height, width = self.stored
@@ -345,17 +384,22 @@ class VideoFile:
         return self._read_packets()
 
     def frames_at(self, seconds):
-        """Yields (time of the frame, frame) on screen at each of the ascending `seconds`."""
-        frames = self._from_start()
-        held = ahead = next(frames, None)
-        if held is None:
-            raise self._error("has no frame that can be decoded")
+        """Yields (time of the frame, frame) on screen at each of the ascending `seconds`.
+
+        Frames that no other one refers to are skipped until shortly before each of these times.
+        """
+        held, frames = self._begin(seconds[0])
+        ahead = held
         for second in seconds:
-            key = self._key_before(second)
-            while ahead is not None and self._is_on_screen(ahead.time, held.time, second):
-                held = ahead
-                gap = second - held.time > self.key_gap
-                if not self.in_order and (gap or key - held.time > self.WORTH_SEEKING / self.rate):
+            self.unskipped = second - 2 / self.rate
+            key = self.key_before(second)
+            while ahead is not None and self._is_on_screen(ahead.since, held.time, second):
+                was_skipped = not self._is_on_screen(ahead.time, held.time, second)
+                if was_skipped:  # frames last longer here than the rate says
+                    self.skips = False
+                else:
+                    held = ahead
+                if was_skipped or self._is_far(second, held.time, key):
                     held, frames = self._seek(second)
                     key = -math.inf
                 ahead = next(frames, None)
@@ -371,6 +415,22 @@ class VideoFile:
         early = time - second
         return early <= 0 or (early <= self.CLOSE and early < second - before)
 
+    def _begin(self, second):
+        """A frame at or before `second`, the first of the file or one near, and what follows it."""
+        if self.container is not None and self._is_far(second, 0, self.key_before(second)):
+            return self._seek(second)
+        frames = self._from_start()
+        first = next(frames, None)
+        if first is None:
+            raise self._error("has no frame that can be decoded")
+        return first, frames
+
+    def _is_far(self, second, time, key):
+        """Whether decoding from `time` to `second` takes longer than seeking; see `key_before`."""
+        if self.in_order:
+            return False
+        return second - time > self.key_gap or key - time > self.WORTH_SEEKING / self.rate
+
     def _check_end(self, last, second):
         """`last` is the time of the last frame that decoded, `second` one that is asked for."""
         missing = self.duration - last
@@ -383,7 +443,7 @@ class VideoFile:
             raise Remeasure
         raise self._error(f"can be read only up to {last:.1f} s of {self.duration:.1f} s")
 
-    def _key_before(self, second):
+    def key_before(self, second):
         """The time, roughly, of the last key frame up to `second`; -inf where no index tells."""
         entries = getattr(self.stream, "index_entries", None)  # newer PyAV
         if entries is None or not self.stamped:
@@ -432,14 +492,18 @@ class VideoFile:
         """Yields each frame as `Decoded`, from the current position on, damaged ones left out."""
         self.decoded, self.damaged = 0, False
         clock, losses, last, last_key = self._clock(), Losses(), -math.inf, None
+        context, skips, latest = self.stream.codec_context, None, -math.inf
         try:
             for packet in self._packets(self.stream):
                 if packet.size and not packet.is_discard:
                     time = clock.seconds(packet)
-                    losses.send(packet, time, packet.is_corrupt and time not in self.at_joins)
+                    skip = not losses.seen and self._may_skip(time, latest)
+                    if skip is not skips:
+                        context.skip_frame, skips = "NONREF" if skip else "DEFAULT", skip
+                    latest = latest if time is None else max(latest, time)
+                    losses.send(packet, time, packet.is_corrupt and time not in self.at_joins, skip)
                     if clock.joins and self.stamped and not self.joined:
-                        self.joined = True
-                        self._measure_again()
+                        self._measure_again(joined=True)
                 try:
                     frames = packet.decode()
                 except av.InvalidDataError:
@@ -461,37 +525,50 @@ class VideoFile:
                     elif self.stamped and (time is None or time <= last):
                         if self.damaged:
                             raise self._error(f"is damaged after {last:.1f} s")
-                        self._distrust_stamps()
+                        self._measure_again(stamped=False)
                     if frame.key_frame and time is not None:
                         if last_key is not None:
                             seen = self.key_gap if math.isfinite(self.key_gap) else 0
                             self.key_gap = max(seen, time - last_key)
                         last_key = time
+                    skipped = losses.skipped_between(last, time)
                     self.decoded, last = self.decoded + 1, time
-                    yield Decoded(time, frame, lost)
+                    yield Decoded(time, frame, lost, skipped)
         except av.FFmpegError:  # the container itself ends in the middle
             self.damaged = True
+
+    def _may_skip(self, time, latest):
+        """Whether the frame of a packet, if no other one refers to it, need not be decoded.
+
+        time, latest: of the packet and the latest of those before it. Only what is shown before a
+        frame that was sent earlier is skipped, so that stamps out of order are seen as ever.
+        """
+        if time is None or time >= min(latest, self.unskipped):
+            return False
+        return self.skips and not self.in_order
 
     def _clock(self):
         return Clock(self.start, self.tick, 1 / self.rate, self.may_jump)
 
     def _packets(self, *streams):
         try:
-            yield from self.container.demux(*streams)
+            for packet in self.container.demux(*streams):
+                if self.ended:
+                    raise ReadingEnded
+                yield packet
         except IndexError:  # PyAV, at the end of a file in which a track appeared on the way
             pass
 
     def _say_in_order(self, why):
         logger.warning_once(f"{self.name}: {why}; decoding the whole file from its start.")
 
-    def _distrust_stamps(self):
-        self.stamped, self.in_order = False, True
-        self._say_in_order("its time stamps are missing or not in order")
-        self._measure_again()
-
-    def _measure_again(self):
-        self._times = None
-        self.in_order = True
+    def _measure_again(self, **found):
+        """Measures the file as what it was found to be: `joined`, or not `stamped`."""
+        if self.one_of_several:
+            raise Remeasure
+        vars(self).update(found, in_order=True, _times=None)
+        if not self.stamped:
+            self._say_in_order("its time stamps are missing or not in order")
         self._measure()
         raise Remeasure
 
@@ -636,6 +713,8 @@ class VideoFile:
                 f"{context.height:,}x{context.width:,}"
             )
         context.options = {**context.options, "max_pixels": str(MAX_FRAME_PIXELS)}
+        if self.one_of_several:
+            context.thread_count = 1
 
     def _error(self, what):
         return ValueError(f"{self.name} {what}: {self.source.convert_hint()}.")

@@ -23,6 +23,7 @@ class VideoSettings:
     do_sample_frames: False for every frame there is; True also samples frames that are given.
     do_resize: False where frames that are given have a size that can be used already.
     video_start, video_end: seconds of the part of a file that is taken.
+    video_readers: how many threads read a file at most; None for as many as there are cores.
     fps_given: whether fps was asked for, and is not a default.
 
     Raises ValueError for a value that is not of its setting's kind, by name.
@@ -42,6 +43,7 @@ class VideoSettings:
     do_resize: bool | None
     video_start: float | None
     video_end: float | None
+    video_readers: int | None
     fps_given: bool
 
     def __post_init__(self):
@@ -93,7 +95,8 @@ SWITCHES += ("progress", "stream")
 SECONDS = ("video_start", "video_end")
 # The least that a setting may be; a plan says why 0 tokens or pixels are too few.
 LEAST = {"num_frames": 1, "max_frames": 1, "max_pixels": 1, "resized_height": 1, "resized_width": 1}
-FRAMES = ("num_frames", "min_frames", "max_frames")
+LEAST |= {"video_readers": 1}
+COUNTS = ("num_frames", "min_frames", "max_frames", "video_readers")
 
 
 def read_setting(name: str, value):
@@ -120,7 +123,7 @@ def read_setting(name: str, value):
         raise ValueError(f"{name} is {value}; it must be at least {LEAST.get(name, 0)}.")
     if name in SECONDS:
         return number
-    if name in FRAMES and number != int(number):
+    if name in COUNTS and number != int(number):
         raise ValueError(f"{name} is {value}; it must be a whole number.")
     return int(number)
 

@@ -54,6 +54,7 @@ class VideoSource:
             raise ValueError(f"{described} is {kind}; give a video file.")
         if not status.st_size:
             raise ValueError(f"{self.name} is empty (0 bytes): {self.convert_hint()}.")
+        self.inode = status.st_dev, status.st_ino
 
     def open(self):
         """The container, with PyAV."""
@@ -68,6 +69,12 @@ class VideoSource:
         elif not self.is_url:
             # Whole, because FFmpeg takes what stands before a colon for a protocol.
             place = os.path.abspath(place)
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) != self.inode:
+                raise ValueError(
+                    f"{self.name} is another file than it was when it was first opened: plan it "
+                    "again."
+                )
         # FFmpeg decodes a first frame to find out its format. Before PyAV 18, options for that
         # overrun their memory in files whose tracks are found on the way.
         decoder = {"max_pixels": str(MAX_FRAME_PIXELS)} if PYAV >= 18 else {}

@@ -1,6 +1,7 @@
 """Keeps the tests to themselves and to one thread a worker, and skips GPU tests."""
 
 import os
+import signal
 import tempfile
 import warnings
 from pathlib import Path
@@ -80,6 +81,14 @@ def unwritten_memory_is_nan():
         warnings.simplefilter("ignore")
         yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def heeding_sigint():
+    """SIGINT interrupts, also where these tests were started with it ignored (nohup)."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 # For the tests of fine-tuning, which share finetuning.py.

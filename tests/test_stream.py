@@ -4,7 +4,6 @@ import _thread
 import copy
 import gc
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -317,14 +316,6 @@ def test_a_file_that_is_shorter_than_it_was_measured(processor, folder, module, 
     assert out["video_grid_thw"].tolist() == [[8, 6, 10]]
     with pytest.raises(ValueError, match=r"raw\.h264 is not as long .* without stream=True"):
         out["pixel_values_videos"][:]
-
-
-@pytest.fixture
-def heeding_sigint():
-    """SIGINT interrupts, also where these tests were started with it ignored (nohup)."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
 
 
 def test_ctrl_c_ends_a_read_that_waits(processor, folder, module, monkeypatch, heeding_sigint):

@@ -1,0 +1,211 @@
+"""Several readers for one video: threads that decode and resize groups of its frames.
+
+A frame is decoded from the key frame before it on, so the stretches between key frames can be
+decoded at once. `read_frames` cuts the times that are wanted into groups that begin at key frames,
+deals them to readers, each with a container of its own, and hands the frames on in order. Where a
+reader fails, one reader goes on alone, with its own checks, notices and errors.
+"""
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from .video_reader_videonsa import ReadingEnded, VideoFile
+
+logger = logging.get_logger(__name__)
+
+# Frames that have to be decoded for a group, at least: a reader more pays from there on.
+GROUP_FRAMES = 64
+# Bytes of resized frames that wait for those before them, over all readers.
+AHEAD_BYTES = 128 << 20
+
+
+def read_frames(
+    file: VideoFile, seconds: list[float], fetch: Callable, readers: int
+) -> Iterator[tuple[float, torch.Tensor]]:
+    """Yields (time, `fetch(file, frame)`) of the frame on screen at each of the ascending times.
+
+    fetch: makes a tensor of a decoded frame, in the thread of its reader.
+    readers: how many read at most. They start when more is asked for than the first group, and end
+        with this generator.
+
+    Raises what `VideoFile.frames_at` raises.
+    """
+    groups = group_times(file, seconds)
+    readers = min(readers, len(groups) - 1)
+    done, error = 0, None
+    if readers > 1:
+        for item in _read_alone(file, seconds[: groups[0][1]], fetch):
+            yield item
+            done += 1
+        ahead = max(readers, AHEAD_BYTES // item[1].nbytes)
+        several = _Readers(file, seconds, groups[1:], fetch, readers, ahead)
+        for item in several.frames():
+            yield item
+            done += 1
+        error = several.error
+    rest = iter(())
+    if done < len(seconds):
+        rest = _read_alone(file, seconds[done:], fetch)
+        yield next(rest)  # where a reader failed; what is wrong with the file is said now
+    if error is not None:
+        logger.warning_once(f"{file.name}: fewer than {readers} readers read it ({error!r}).")
+    yield from rest
+
+
+def group_times(file: VideoFile, seconds: list[float]) -> list[tuple[int, int]]:
+    """Cuts ascending times into groups: (number of the first, number after the last) of each.
+
+    A group begins where a key frame lies between its first time and the one before it, so that
+    nothing is decoded twice, and where the group before it has GROUP_FRAMES frames to decode. All
+    is one group where the file cannot be sought, is an address, or does not tell its key frames.
+    """
+    if file.in_order or file.source.is_url:
+        return [(0, len(seconds))]
+    starts, frames, last = [0], 0.0, 0.0
+    for number, second in enumerate(seconds):
+        key = file.key_before(second)
+        if frames >= GROUP_FRAMES and key > last:
+            starts.append(number)
+            frames = 0.0
+        frames += 1 + (second - max(key, last)) * file.rate
+        last = second
+    return list(zip(starts, [*starts[1:], len(seconds)], strict=True))
+
+
+def default_readers() -> int:
+    """As many as there are cores; one in a worker of a DataLoader, which has others beside it."""
+    return usable_cores() if torch.utils.data.get_worker_info() is None else 1
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, by its affinity and its control groups' quotas."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, *_quotas())))
+
+
+def _quotas(root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")) -> list[float]:
+    """The cores that each control group of this process allows, and each above it."""
+    quotas = [math.inf]
+    try:
+        groups = [line.split(":", 2)[1:] for line in own.read_text().splitlines()]
+    except OSError:
+        return quotas
+    for controllers, path in groups:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # In a container the path may be the host's, and what is seen begins at the own group.
+        group = root / controllers / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root):
+                quotas.append(_quota(folder, "cpu.max"))
+                quotas.append(_quota(folder, "cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    return quotas
+
+
+def _quota(folder, *names):
+    """Microseconds of computing by those of a period: in one file (cgroup 2) or two (1)."""
+    try:
+        quota, period = " ".join((folder / name).read_text() for name in names).split()
+        quota = float(quota)
+    except (OSError, ValueError):  # no such group, or "max"
+        return math.inf
+    return quota / float(period) if quota > 0 else math.inf
+
+
+def _read_alone(file, seconds, fetch):
+    for time, frame in file.frames_at(seconds):
+        yield time, fetch(file, frame)
+
+
+class _Readers:
+    """Threads that read groups of frames, each with a container of its own.
+
+    The first one goes on with the file's container. A reader waits when it is `ahead` frames ahead
+    of what was handed on.
+
+    error: why a reader failed, if one did.
+    """
+
+    def __init__(self, file, seconds, groups, fetch, readers, ahead):
+        self.seconds, self.fetch, self.ahead = seconds, fetch, ahead
+        self.groups, self.next = iter(groups), groups[0][0]
+        self.ready = {}  # by number, what has been read
+        self.failed, self.error = set(), None  # numbers of frames that could not be read
+        self.ended, self.running, self.changed = False, readers, threading.Condition()
+        self.files = [file.moved(), *(file.closed_copy() for _ in range(readers - 1))]
+        for each in self.files:
+            each.one_of_several = True
+        self.threads = [
+            threading.Thread(target=self._work, args=(each,), name="VideoReader", daemon=True)
+            for each in self.files
+        ]
+
+    def frames(self):
+        """Yields what `fetch` made, in order, up to the first frame that could not be read."""
+        try:
+            for thread in self.threads:
+                thread.start()
+            for number in range(self.next, len(self.seconds)):
+                with self.changed:
+                    while number not in self.ready:
+                        if number in self.failed or not self.running:
+                            return
+                        self.changed.wait()
+                    item = self.ready.pop(number)
+                    self.next = number + 1
+                    self.changed.notify_all()
+                yield item
+        finally:
+            self._end()
+
+    def _end(self):
+        """Ends the threads; a packet that is being decoded is waited for."""
+        with self.changed:
+            self.ended = True
+            self.changed.notify_all()
+        for file in self.files:
+            file.ended = True
+        # Garbage can be collected in any thread.
+        if threading.current_thread() not in self.threads:
+            for thread in self.threads:
+                if thread.ident is not None:
+                    thread.join()
+
+    def _work(self, file):
+        number = None
+        try:
+            with file:
+                file.ensure_open()
+                while (group := self._take_group()) is not None:
+                    number, end = group
+                    for time, frame in file.frames_at(self.seconds[number:end]):
+                        self._hand_on(number, (time, self.fetch(file, frame)))
+                        number += 1
+        except ReadingEnded:
+            pass
+        except BaseException as error:  # one reader meets it again, alone
+            self.error = error
+            self.failed.add(number)
+        with self.changed:
+            self.running -= 1
+            self.changed.notify_all()
+
+    def _take_group(self):
+        with self.changed:
+            return next(self.groups, None)
+
+    def _hand_on(self, number, item):
+        with self.changed:
+            while number >= self.next + self.ahead and not self.ended:
+                self.changed.wait()
+            if self.ended:
+                raise ReadingEnded
+            self.ready[number] = item
+            self.changed.notify_all()
