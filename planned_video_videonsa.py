@@ -6,6 +6,7 @@
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 
 import numpy as np
@@ -15,7 +16,13 @@ from transformers.image_utils import ChannelDimension, infer_channel_dimension_f
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
-from .message_parts_videonsa import describe_source, is_file, is_picture, plain_source
+from .message_parts_videonsa import (
+    describe_source,
+    is_file,
+    is_picture,
+    plain_source,
+    read_part,
+)
 from .pictures_videonsa import as_tensor, checked_array, load_picture
 from .video_plan_videonsa import VideoPlan
 from .video_reader_videonsa import Remeasure, VideoFile
@@ -320,6 +327,11 @@ def list_videos(videos) -> list:
 
     Raises ValueError for what is none of these.
     """
+    if isinstance(videos, Mapping):  # may have settings beside the source, as in a message
+        part = read_part({"type": "video", "video": videos})
+        settings = {key: value for key, value in part.items() if key not in ("type", "video")}
+        return [with_settings(part["video"], settings)]
+    given = videos
     if not _is_own(videos):
         videos = plain_source(videos)
     if _is_own(videos):
@@ -333,6 +345,9 @@ def list_videos(videos) -> list:
     if isinstance(videos, (list, tuple)):
         if are_frames(videos):
             return [VideoPart(videos)]
+        if isinstance(given, (list, tuple)):
+            pairs = zip(given, videos, strict=True)
+            videos = [one if isinstance(one, Mapping) else plain for one, plain in pairs]
         return [video for item in videos for video in list_videos(item)]
     raise _no_video(videos)
 

@@ -178,6 +178,8 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         settings = {name: kwargs.pop(name, None) for name in (*SETTINGS, "size", "video_backend")}
         kwargs.pop("input_data_format", None)
         videos = kwargs.pop("video_parts", None) or list_videos(videos)
+        if not videos:
+            raise ValueError("videos is an empty list; give at least one video.")
         metadata = list_metadata(metadata, len(videos))
         rescale = kwargs.get("do_rescale")
         rescale = self.do_rescale if rescale is None else rescale

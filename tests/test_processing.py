@@ -342,6 +342,20 @@ def test_a_call_says_what_a_plan_comes_before(processor, clip, caplog):
     assert "planned before this call, which ignores fps=1.0" in caplog.text
 
 
+def test_a_source_in_a_call_may_have_settings_as_in_a_message(processor, clip):
+    source = {"path": clip, "fps": 1.0}
+    out = processor(text=take_text(processor), videos=[source], return_tensors="pt")
+    assert out["video_grid_thw"].tolist() == [[2, 6, 10]]
+    with pytest.raises(ValueError, match="'max_frame' is no setting of a video"):
+        processor(text=take_text(processor), videos={"path": clip, "max_frame": 4})
+
+
+def test_no_videos_are_refused_by_the_video_processor(processor):
+    for stream in (False, True):
+        with pytest.raises(ValueError, match="^videos is an empty list"):
+            processor.video_processor([], stream=stream)
+
+
 def test_a_list_of_rates_has_one_for_each_video(processor):
     """qwen-vl-utils gives an empty one where there are no videos."""
     assert processor(text="hello", fps=[])["input_ids"] == processor(text="hello")["input_ids"]
