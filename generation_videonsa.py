@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 
+from .cache_videonsa import use_buffers
 from .call_checks_videonsa import (
     check_cache,
     check_mask,
@@ -26,10 +27,13 @@ from .call_checks_videonsa import (
     check_tokens,
     check_vocabulary,
 )
+from .decoding_videonsa import recording
 from .library_videonsa import cache_of, create_masks_for_generate
 from .media_features_videonsa import PIXELS, PREFILL_CHUNK_SIZE
 from .packing_videonsa import valid_tokens
 from .positions_videonsa import check_prompt, positions_of_new_tokens, state_in, state_of
+
+MAX_RESERVED = 1024  # tokens of an answer that the cache has room for from the start
 
 
 class VideoNSAGenerationMixin(GenerationMixin):
@@ -39,7 +43,8 @@ class VideoNSAGenerationMixin(GenerationMixin):
     def generate(self, inputs=None, *args, **kwargs):
         if kwargs.get("cache_implementation") != "paged":  # which serves text, also as lists
             self._check_turn(kwargs.get("input_ids", inputs), kwargs)
-        return super().generate(inputs, *args, **kwargs)
+        with recording(self.model.language_model):
+            return super().generate(inputs, *args, **kwargs)
 
     def _check_turn(self, input_ids, kwargs):
         """Raise ValueError unless a call's tokens, cache and media fit; drop media of old turns.
@@ -136,6 +141,9 @@ class VideoNSAGenerationMixin(GenerationMixin):
         The library would cut the prompt before its media are encoded, or refuse to.
         """
         cache = cache_of(model_kwargs)
+        mask, given = model_kwargs.get("attention_mask"), input_ids.shape[1]
+        prompt = given if mask is None else mask.shape[1]  # cached tokens with it, given or not
+        use_buffers(cache, prompt + min(generation_config.max_length - given, MAX_RESERVED))
         if cache is None or not cache.get_seq_length():
             is_first_iteration = True  # an assistant (draft) model would lose its images
         size = generation_config.prefill_chunk_size

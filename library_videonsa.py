@@ -6,8 +6,10 @@ dropped or changed one.
 """
 
 import torch
+from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
 from transformers.utils.generic import merge_with_config_defaults
@@ -20,6 +22,7 @@ from transformers.vision_utils import (
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
+    "DynamicLayer",
     "cache_of",
     "capture_outputs",
     "create_masks_for_generate",
@@ -29,7 +32,9 @@ __all__ = [
     "get_vision_window_index",
     "map_published_keys",
     "merge_with_config_defaults",
+    "observed",
     "order_offloaded_layers",
+    "output_with_cache",
 ]
 
 
@@ -41,6 +46,27 @@ def cache_of(container):
     # Not by asking for it: newer outputs warn of the old name, even where it is not there.
     names = ("cache", "past_key_values")
     return next((x for name, x in container.items() if name in names and x is not None), None)
+
+
+def output_with_cache(hidden_states: torch.Tensor, cache) -> BaseModelOutputWithPast:
+    """What a language model returns: [B, S, hidden], and the cache under the version's name."""
+    fields = BaseModelOutputWithPast.__dataclass_fields__
+    name = "cache" if "cache" in fields else "past_key_values"
+    return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{name: cache})
+
+
+def observed(model: torch.nn.Module) -> bool:
+    """Whether a hook, of the user or of accelerate, wants to see each call of a part of the model.
+
+    The library's own, which collect hidden states where a call asks for them, do not count.
+    """
+    for module in model.modules():
+        if hasattr(module, "_hf_hook") or module._forward_pre_hooks:
+            return True
+        origins = {getattr(hook, "__module__", None) for hook in module._forward_hooks.values()}
+        if origins - {capture_outputs.__module__}:
+            return True
+    return False
 
 
 def order_offloaded_layers(cache, device: torch.device) -> None:

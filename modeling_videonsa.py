@@ -3,7 +3,8 @@
 Only what differs from Qwen2.5-VL stands here:
 
 - `VideoNSAAttention`: vision rows through `nsa_attention`, text rows through `dense_attention`. A
-  call without new vision tokens (text, decoding) runs the stock attention, untouched.
+  call without new vision tokens runs the stock attention, untouched; but for the decoding steps of
+  `generate` on a GPU, which decoding_videonsa.py records.
 - `VideoNSATextModel`: the language model of such layers.
 - `VideoNSAModel`: finds the vision tokens, gives every token its position, lays the rows out, and
   reads long prompts in chunks. What a later turn needs is kept with the cache.
@@ -16,6 +17,7 @@ media_features_videonsa.py. What the branches compute is specified in nsa_refere
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,6 +30,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.utils import can_return_tuple, logging
 
+from .cache_videonsa import use_buffers
 from .call_checks_videonsa import (
     check_cache,
     check_chunk_size,
@@ -41,9 +44,15 @@ from .call_checks_videonsa import (
     check_vocabulary,
 )
 from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
+from .decoding_videonsa import DecodeStep, recorder_of
 from .fused_videonsa import VideoNSAMLP, VideoNSARMSNorm, rotary
 from .generation_videonsa import VideoNSAGenerationMixin
-from .library_videonsa import cache_of, map_published_keys, order_offloaded_layers
+from .library_videonsa import (
+    cache_of,
+    map_published_keys,
+    order_offloaded_layers,
+    output_with_cache,
+)
 from .media_features_videonsa import (
     PIXELS,
     has_media,
@@ -78,9 +87,12 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         nsa_plan: NSAPlan | None = None,
+        decode_step: DecodeStep | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states [B, S, hidden] to ([B, S, hidden], attention weights or None)."""
+        if decode_step is not None:
+            return self._forward_step(hidden_states, position_embeddings, decode_step), None
         cache = cache_of(kwargs)
         order_offloaded_layers(cache, hidden_states.device)
         if nsa_plan is not None:
@@ -98,14 +110,9 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
 
     def _forward_sparse(self, hidden_states, position_embeddings, plan, cache):
         """[B, S, hidden] to [B, S, hidden], by the plan."""
-        heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        query, key = rotary(query, key, *position_embeddings)
+        query, key, value = self._project(hidden_states, position_embeddings)
         if cache is not None:
-            # Contiguous, because a cache that grows copies other views at a quarter of the speed.
-            key, value = cache.update(key.contiguous(), value.contiguous(), self.layer_idx)
+            key, value = cache.update(key, value, self.layer_idx)
         if query.shape[2] != plan.num_queries or key.shape[2] < plan.num_keys:
             raise ValueError(
                 f"layer {self.layer_idx} got {query.shape[2]} queries and {key.shape[2]} keys, but "
@@ -122,6 +129,25 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         with torch.autocast(device, enabled=False):
             output = self._attend(*(x.to(dtype) for x in (query, key, value, gates)), plan)
         return self.o_proj(output.flatten(2))
+
+    def _forward_step(self, hidden_states, position_embeddings, step):
+        """[B, 1, hidden] to [B, 1, hidden]: one token a row, after the keys of the step's cache."""
+        query, key, value = self._project(hidden_states, position_embeddings)
+        keys, values = step.keys[self.layer_idx], step.values[self.layer_idx]
+        keys.index_copy_(1, step.index, key.transpose(1, 2))
+        values.index_copy_(1, step.index, value.transpose(1, 2))
+        output = attention_functions(self.config.nsa_backend, query.device).decode_attention(
+            query[:, :, 0], keys, values, step.length, step.valid, self.scaling
+        )
+        return self.o_proj(output.flatten(1)[:, None])
+
+    def _project(self, hidden_states, position_embeddings):
+        """[B, S, hidden] to query [B, H, S, D], key and value [B, K, S, D]."""
+        heads = (*hidden_states.shape[:2], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        return *rotary(query, key, *position_embeddings), value
 
     def _attend(self, query, key, value, gates, plan):
         """query [B, H, S, D], key and value [B, K, L, D]; returns [B, S, H, D], padding zero."""
@@ -146,8 +172,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         `plan.cu_vision_queries` says how many of them each sample has.
         """
         config = self.config
-        nsa_attention, _ = attention_functions(config.nsa_backend, query.device)
-        return nsa_attention(
+        return attention_functions(config.nsa_backend, query.device).nsa_attention(
             query[plan.vision_queries],
             key[plan.vision_keys],
             value[plan.vision_keys],
@@ -166,8 +191,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: NSAPlan
     ) -> torch.Tensor:
         """The output of the text rows, over all earlier keys; shapes as for `attend_sparse`."""
-        _, dense_attention = attention_functions(self.config.nsa_backend, query.device)
-        return dense_attention(
+        return attention_functions(self.config.nsa_backend, query.device).dense_attention(
             query[plan.text_queries],
             key[plan.all_keys],
             value[plan.all_keys],
@@ -209,9 +233,18 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         nsa_plan: NSAPlan | None = None,
         **kwargs,
     ):
-        """Stock, but for nsa_plan, the layout of a call with new vision tokens."""
+        """Stock, but for nsa_plan, the layout of a call with new vision tokens.
+
+        A step of one token a row is replayed where `generate` has a recorder for it.
+        """
+        cache = cache_of(kwargs)
+        use_buffers(cache)
+        if nsa_plan is None and (recorder := recorder_of(self)) is not None:
+            replayed = recorder.replay(inputs_embeds, position_ids, attention_mask, kwargs)
+            if replayed is not None:
+                return output_with_cache(replayed, cache)
         if nsa_plan is not None:
-            _refuse_paged_cache(cache_of(kwargs))
+            _refuse_paged_cache(cache)
         if nsa_plan is not None and self.config.nsa_enabled:
             _refuse_foreign_attention(self.config)
             if kwargs.get("output_attentions", self.config.output_attentions):
@@ -460,13 +493,21 @@ def _is_prompt(tokens, cached):
     return tokens.shape[1] > 1 and cached == 0
 
 
-def attention_functions(backend: str, device: torch.device) -> tuple[Callable, Callable]:
-    """(nsa_attention, dense_attention) of a backend; "auto" is Triton on a CUDA device."""
+class AttentionFunctions(NamedTuple):
+    """The functions of nsa_reference.py, or their namesakes of nsa_kernels.py."""
+
+    nsa_attention: Callable
+    dense_attention: Callable
+    decode_attention: Callable
+
+
+def attention_functions(backend: str, device: torch.device) -> AttentionFunctions:
+    """The functions of a backend; "auto" is Triton on a CUDA device."""
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
-        from .nsa_kernels import dense_attention, nsa_attention
+        from .nsa_kernels import decode_attention, dense_attention, nsa_attention
     else:
-        from .nsa_reference import dense_attention, nsa_attention
-    return nsa_attention, dense_attention
+        from .nsa_reference import decode_attention, dense_attention, nsa_attention
+    return AttentionFunctions(nsa_attention, dense_attention, decode_attention)
 
 
 def _refuse_foreign_attention(config):

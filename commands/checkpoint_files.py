@@ -35,6 +35,8 @@ CODE_FILES = (
     "media_features_videonsa.py",
     "call_checks_videonsa.py",
     "generation_videonsa.py",
+    "decoding_videonsa.py",
+    "cache_videonsa.py",
     "library_videonsa.py",
     "fused_videonsa.py",
     "vision_videonsa.py",

@@ -53,8 +53,8 @@ class AttentionRecorder:
             gates = gates * self.open.to(gates)
             output = attend_sparse(query, key, value, gates, plan)
             self.tokens[index] = self.tokens[index] + plan.cu_vision_queries.diff().cpu()
-            function, _ = attention_functions(config.nsa_backend, query.device)
-            self.functions.add(function.__module__.rsplit(".", 1)[-1])
+            functions = attention_functions(config.nsa_backend, query.device)
+            self.functions.add(functions.nsa_attention.__module__.rsplit(".", 1)[-1])
             self.settings = {
                 "block_size": config.nsa_block_size,
                 "num_selected": config.nsa_num_selected_blocks,
