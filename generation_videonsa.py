@@ -29,7 +29,7 @@ from .call_checks_videonsa import (
 )
 from .decoding_videonsa import recording
 from .library_videonsa import cache_of, create_masks_for_generate
-from .media_features_videonsa import PIXELS, PREFILL_CHUNK_SIZE
+from .media_features_videonsa import PIXELS, PREFILL_CHUNK_SIZE, has_media
 from .packing_videonsa import valid_tokens
 from .positions_videonsa import check_prompt, positions_of_new_tokens, state_in, state_of
 
@@ -40,11 +40,21 @@ class VideoNSAGenerationMixin(GenerationMixin):
     """`generate` for a Qwen2.5-VL model whose `model` is a `VideoNSAModel`."""
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, inputs=None, *args, **kwargs):
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        config = generation_config or self.generation_config
+        if cache_of(kwargs) is not None and kwargs.get("use_cache", config.use_cache) is False:
+            raise ValueError(
+                "past_key_values came with use_cache=False: every step would read the whole prompt "
+                "onto the cache again. Leave one of them away."
+            )
+        input_ids = kwargs.get("input_ids", inputs)
+        if config.is_assistant and input_ids is not None and not has_media(kwargs):
+            # It drafts for a turn whose media the main model has cached: it goes on without them.
+            kwargs["mm_token_type_ids"] = torch.zeros_like(input_ids)
         if kwargs.get("cache_implementation") != "paged":  # which serves text, also as lists
-            self._check_turn(kwargs.get("input_ids", inputs), kwargs)
+            self._check_turn(input_ids, kwargs)
         with recording(self.model.language_model):
-            return super().generate(inputs, *args, **kwargs)
+            return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _check_turn(self, input_ids, kwargs):
         """Raise ValueError unless a call's tokens, cache and media fit; drop media of old turns.
@@ -78,6 +88,16 @@ class VideoNSAGenerationMixin(GenerationMixin):
             check_prompt(cache, input_ids, cached, mask)
             _drop_cached_media(self.config, input_ids, cached, kwargs)
         check_media(self.model, {**kwargs, "input_ids": input_ids[:, cached:]})
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # the library reads its names
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        """As the library, but for assisted decoding, which would read again what is cached."""
+        cache, positions = cache_of(kwargs), kwargs.get("position_ids")
+        if next_sequence_length is None and cache is not None and positions is not None:
+            cached = int(cache.get_seq_length())
+            if cached and positions.shape[-1] == input_ids.shape[1]:  # the whole conversation
+                next_sequence_length = input_ids.shape[1] - cached
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """Positions of every token so far, int64 [4, B, L]: as text, then time, height and width.

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from tiny import FIRST_WORD, IMAGE, VIDEO, Prompts, make_model, stock_twin
 
@@ -329,6 +329,15 @@ def test_a_cache_whose_rows_were_repeated_goes_on(model, prompts):
         new = {name: x.repeat_interleave(2, dim=0) for name, x in new.items()}
         actual = model(**new, past_key_values=cache).logits
     torch.testing.assert_close(actual, expected.repeat_interleave(2, dim=0), **CLOSE)
+
+
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"generation_config": False}], ids=str)
+def test_a_cache_that_is_not_to_be_used_is_refused(model, prompts, options):
+    if "generation_config" in options:
+        options = {"generation_config": GenerationConfig(use_cache=False)}
+    inputs = prompts.batch(prompts.row(9))
+    with pytest.raises(ValueError, match="past_key_values came with use_cache=False"):
+        model.generate(**inputs, **GREEDY, **options, past_key_values=cache_of(model))
 
 
 @BOTH_WAYS

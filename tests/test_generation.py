@@ -755,3 +755,23 @@ def test_an_assistant_reads_the_media_and_changes_nothing(model, prompts, rows, 
     watch.remove()
     assert torch.equal(actual, expected)
     assert len(calls) == 2  # of 8 tokens: each call keeps three of the assistant's and adds one
+
+
+@pytest.mark.parametrize("vision", [False, True], ids=["text", "video"])
+@pytest.mark.parametrize("given", ["everything", "ids"])
+@pytest.mark.parametrize("by", ["prompt lookup", "assistant"])
+def test_a_second_turn_may_be_guessed(model, prompts, by, given, vision):
+    """What is cached is not read again, and an assistant goes on without the cached media."""
+    guesser = {"prompt_lookup_num_tokens": 3}
+    if by == "assistant":
+        guesser = {"assistant_model": make_model(seed=1)}
+    first = prompts.row(3, ("video", 3, 2, 2), 4) if vision else prompts.row(20)
+    inputs, cache = prompts.batch(first), DynamicCache(config=model.config.text_config)
+    answer, _ = generate(model, inputs, **as_input(cache))
+    ids = [*first[0], *answer[0].tolist(), *first[0][:3], 9]
+    inputs = prompts.batch((ids, first[1]))
+    expected, _ = generate(model, inputs)
+    if given == "ids":
+        inputs = {"input_ids": inputs["input_ids"]}
+    actual, _ = generate(model, inputs, **as_input(cache), **guesser)
+    assert torch.equal(actual, expected)
