@@ -5,12 +5,24 @@ for the features and encodes the frames that a slice of them needs; `VideoNSAMod
 in chunks of tokens and puts in their features with `put_features`.
 """
 
+from typing import NamedTuple
+
 import torch
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 # Tokens of a longer prompt with images or videos that `generate` reads at a time.
 PREFILL_CHUNK_SIZE = 16384
+
+
+def chunks_of(length: int, size: int) -> list[tuple[int, int]]:
+    """First and last (excluded) of the tokens of each chunk of a prompt of `length` tokens.
+
+    `size` tokens each; a rest of less than an eighth of that joins the chunk before, because a
+    chunk of few tokens takes the host longer than the GPU.
+    """
+    starts = range(0, max(1, length - size // 8), size)
+    return list(zip(starts, [*starts[1:], length], strict=True))
 
 
 def has_media(kwargs: dict) -> bool:
@@ -65,15 +77,24 @@ class MediaFeatures:
         row = starts[0] * self.patches
         rows = sum(time * height * width for time, height, width in grid)
         pixels = torch.as_tensor(self.pixels[row : row + rows]).to(self.device)
-        grid = torch.tensor(grid, device=pixels.device)
-        features = torch.cat(self.encode(pixels, grid, return_dict=True).pooler_output)
+        # The grid stays on the CPU, where it is read: the GPU may still run what came before.
+        encoded = self.encode(pixels, torch.tensor(grid), return_dict=True)
+        features = torch.cat(encoded.pooler_output)
         return features[first - starts[0] : last - starts[0]]
+
+
+class PlacedFeatures(NamedTuple):
+    """The features of all images, or of all videos, and the tokens that they stand at."""
+
+    placeholders: torch.Tensor  # bool [B, S]
+    before: torch.Tensor  # int64 [B, S + 1] on the CPU: placeholders before each token, of all rows
+    features: torch.Tensor | MediaFeatures  # [tokens, hidden], by slices
 
 
 def take_media(
     model, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, kwargs: dict
-) -> list[tuple[torch.Tensor, torch.Tensor | MediaFeatures]]:
-    """Pairs of placeholders, bool [B, S], and their features, [tokens, hidden] by slices.
+) -> list[PlacedFeatures]:
+    """The features of a call's images and of its videos, at their placeholders.
 
     Takes what describes the images and videos out of kwargs. Raises ValueError where features that
     were encoded before are more or fewer than their placeholders.
@@ -92,34 +113,33 @@ def take_media(
             features = MediaFeatures(encode[modality], pixels, grid, patches, device)
         else:
             continue
-        mask = placeholders[modality]
-        if mask.sum() != len(features):
+        mask = placeholders[modality].cpu()
+        until = mask.flatten().cumsum(0).view_as(mask)
+        if until[-1, -1] != len(features):
             raise ValueError(
                 f"{modality.capitalize()} features and {modality} tokens do not match, tokens: "
-                f"{int(mask.sum())}, features: {len(features)}"
+                f"{int(until[-1, -1])}, features: {len(features)}"
             )
         if len(mask) > 1 and isinstance(features, MediaFeatures):
             features.pixels = features.pixels[:]  # batch rows take turns, a stream does not
-        media.append((mask, features))
+        before = torch.cat([until[:, :1] - mask[:, :1].long(), until], dim=1)
+        media.append(PlacedFeatures(placeholders[modality], before, features))
     return media
 
 
-def put_features(embeds: torch.Tensor, media: list, start: int, end: int) -> torch.Tensor:
+def put_features(
+    embeds: torch.Tensor, media: list[PlacedFeatures], start: int, end: int
+) -> torch.Tensor:
     """Embeddings [B, end - start, hidden] of the tokens from start to end, media's features in.
 
     media as from `take_media`; of them only what these tokens stand for is encoded.
     """
-    for placeholders, features in media:
-        here = placeholders[:, start:end]
-        if not here.any():
-            continue
-        counts = placeholders.sum(1)
-        firsts = counts.cumsum(0) - counts + placeholders[:, :start].sum(1)
-        lasts = firsts + here.sum(1)
+    for placeholders, before, features in media:
         pieces = [
             features[first:last].to(embeds.device, embeds.dtype)
-            for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)
+            for first, last in before[:, [start, end]].tolist()
             if last > first
         ]
-        embeds = embeds.masked_scatter(here[..., None], torch.cat(pieces))
+        if pieces:
+            embeds = embeds.masked_scatter(placeholders[:, start:end, None], torch.cat(pieces))
     return embeds

@@ -5,7 +5,7 @@ Only what differs from Qwen2.5-VL stands here:
 - `VideoNSAAttention`: vision rows through `nsa_attention`, text rows through `dense_attention`. A
   call without new vision tokens runs the stock attention, untouched; but for the decoding steps of
   `generate` on a GPU, which decoding_videonsa.py records.
-- `VideoNSATextModel`: the language model of such layers.
+- `VideoNSATextModel`: the language model of such layers (`Qwen2_5_VLDecoderLayer`).
 - `VideoNSAModel`: finds the vision tokens, gives every token its position, lays the rows out, and
   reads long prompts in chunks. What a later turn needs is kept with the cache.
 - `VideoNSAForConditionalGeneration`: the whole model, with `generate` of generation_videonsa.py.
@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     Qwen2_5_VLForConditionalGeneration,
@@ -55,6 +56,7 @@ from .library_videonsa import (
 )
 from .media_features_videonsa import (
     PIXELS,
+    chunks_of,
     has_media,
     placeholders_of,
     put_features,
@@ -152,8 +154,11 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
     def _attend(self, query, key, value, gates, plan):
         """query [B, H, S, D], key and value [B, K, L, D]; returns [B, S, H, D], padding zero."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        sparse = self.attend_sparse(query, key, value, gates, plan)
+        if plan.is_all_vision:
+            return sparse[None]
         output = torch.zeros_like(query)
-        output[plan.vision_queries] = self.attend_sparse(query, key, value, gates, plan)
+        output[plan.vision_queries] = sparse
         output[plan.text_queries] = self.attend_dense(query, key, value, plan)
         return output
 
@@ -202,8 +207,28 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         )
 
 
+class Qwen2_5_VLDecoderLayer(stock.Qwen2_5_VLDecoderLayer):
+    """Qwen2.5-VL's layer over `VideoNSAAttention`; its second norm adds the residual too.
+
+    It keeps the stock name, by which device maps and FSDP's policies find the layers.
+    """
+
+    def __init__(self, config: VideoNSATextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = VideoNSAAttention(config, layer_idx)
+        self.mlp = VideoNSAMLP(config)
+        self.input_layernorm = VideoNSARMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = VideoNSARMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """hidden_states [B, S, hidden] to the same; the attention takes the other arguments."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states, normed = self.post_attention_layernorm(attended, residual=hidden_states)
+        return hidden_states + self.mlp(normed)
+
+
 class VideoNSATextModel(Qwen2_5_VLTextModel):
-    """Qwen2.5-VL's language model over `VideoNSAAttention`, in the stock decoder layers."""
+    """Qwen2.5-VL's language model over `VideoNSAAttention`."""
 
     config: VideoNSATextConfig
     config_class = VideoNSATextConfig
@@ -215,13 +240,8 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         super().__init__(config)
         _refuse_foreign_attention(config)
         self.norm = VideoNSARMSNorm(config.hidden_size, config.rms_norm_eps)
-        for index, layer in enumerate(self.layers):
-            layer.self_attn = VideoNSAAttention(config, index)
-            layer.mlp = VideoNSAMLP(config)
-            layer.input_layernorm = VideoNSARMSNorm(config.hidden_size, config.rms_norm_eps)
-            layer.post_attention_layernorm = VideoNSARMSNorm(
-                config.hidden_size, config.rms_norm_eps
-            )
+        for index in range(len(self.layers)):
+            self.layers[index] = Qwen2_5_VLDecoderLayer(config, index)
         self.post_init()
 
     def forward(
@@ -298,8 +318,8 @@ class VideoNSAModel(Qwen2_5_VLModel):
 
         pixel_values_videos: a tensor, or a `PixelStream` of the processor.
         nsa_chunk_size: encode the media and pass the new tokens through the layers in chunks of
-            this many tokens, onto the cache, so that memory does not grow with the prompt. The
-            result is that of one pass; the hidden states returned are the last chunk's.
+            this many tokens (`chunks_of`), onto the cache, so that memory does not grow with the
+            prompt. The result is that of one pass; the hidden states returned are the last chunk's.
         """
         call = {
             "input_ids": input_ids,
@@ -397,19 +417,23 @@ class VideoNSAModel(Qwen2_5_VLModel):
                 "prefill_chunk_size."
             )
         media = take_media(self, input_ids, inputs_embeds, kwargs)
-        length = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        for start in range(0, length, size):
-            end = min(start + size, length)
+        tokens = inputs_embeds if input_ids is None else input_ids
+        # Read once: the host prepares a chunk while the GPU runs the one before.
+        vision, valid = (None if x is None else x.cpu() for x in (vision, valid))
+        for start, end in chunks_of(tokens.shape[1], size):
             if inputs_embeds is None:
                 embeds = self.get_input_embeddings()(input_ids[:, start:end])
             else:
                 embeds = inputs_embeds[:, start:end]
             seen, present = (None if x is None else x[:, : cached + end] for x in (vision, valid))
+            plan = None
+            if seen is not None:
+                plan = make_plan(seen, end - start, present, device=tokens.device)
             outputs = super().forward(
                 inputs_embeds=put_features(embeds, media, start, end),
                 attention_mask=mask_of_chunk(attention_mask, start, end, cache, cached),
                 position_ids=None if position_ids is None else position_ids[..., start:end],
-                nsa_plan=None if vision is None else make_plan(seen, end - start, present),
+                nsa_plan=plan,
                 return_dict=True,
                 **kwargs,
             )

@@ -36,29 +36,40 @@ class NSAPlan(NamedTuple):
     cu_text_queries: torch.Tensor
     cu_all_keys: torch.Tensor
 
+    @property
+    def is_all_vision(self) -> bool:
+        """Whether every query is a vision token, of the only batch row."""
+        _, position = self.vision_queries
+        return isinstance(position, slice) and position == slice(0, self.num_queries)
+
 
 def make_plan(
     vision: torch.Tensor,
     num_queries: int,
     valid: torch.Tensor | None = None,
     sample: torch.Tensor | None = None,
+    device: torch.device | None = None,
 ) -> NSAPlan | None:
     """The plan of one forward pass; None without new vision tokens, when all attend densely.
 
     vision bool [B, L]: the vision tokens among the cached and the `num_queries` new ones.
     valid bool [B, L]: no padding; everything by default.
     sample int64 [B, L]: which sample a token belongs to, ascending; a batch row each by default.
+    device: of the plan's tensors, by default that of `vision`. The plan is made on the CPU, so only
+        a mask that lies elsewhere is waited for.
     """
+    device = device or vision.device
+    vision, valid, sample = (None if x is None else x.cpu() for x in (vision, valid, sample))
     if not vision[:, -num_queries:].any():
         return None
     rows, num_keys = vision.shape
     if valid is None:
         valid = torch.ones_like(vision)
     if sample is None:
-        sample = torch.arange(rows, device=vision.device)[:, None].expand(rows, num_keys)
+        sample = torch.arange(rows)[:, None].expand(rows, num_keys)
     num_samples = int(sample.max()) + 1
     num_cached = num_keys - num_queries
-    new = torch.arange(num_keys, device=vision.device) >= num_cached
+    new = torch.arange(num_keys) >= num_cached
 
     def find(mask):
         found = mask.nonzero(as_tuple=True)
@@ -70,27 +81,34 @@ def make_plan(
     text_queries, cu_text_queries = find(~vision & valid & new)
     all_keys, cu_all_keys = find(valid)
     rank = valid.flatten().cumsum(0).view_as(valid) - 1
+
+    def index(found, first=0):
+        """The `Index` of (batch, position) tensors into a tensor that starts at `first`."""
+        batch, position = found[0], found[1] - first
+        if rows == 1 and len(position) and position[-1] - position[0] + 1 == len(position):
+            return 0, slice(int(position[0]), int(position[-1]) + 1)
+        return send(batch, device), send(position, device)
+
     return NSAPlan(
         num_queries=num_queries,
         num_keys=num_keys,
-        vision_queries=_index(vision_queries, rows, first=num_cached),
-        vision_keys=_index(vision_keys, rows),
-        cu_vision_queries=cu_vision_queries,
-        cu_vision_keys=cu_vision_keys,
-        text_queries=_index(text_queries, rows, first=num_cached),
-        text_positions=rank[text_queries] - cu_all_keys[sample[text_queries]],
-        all_keys=_index(all_keys, rows),
-        cu_text_queries=cu_text_queries,
-        cu_all_keys=cu_all_keys,
+        vision_queries=index(vision_queries, first=num_cached),
+        vision_keys=index(vision_keys),
+        cu_vision_queries=send(cu_vision_queries, device),
+        cu_vision_keys=send(cu_vision_keys, device),
+        text_queries=index(text_queries, first=num_cached),
+        text_positions=send(rank[text_queries] - cu_all_keys[sample[text_queries]], device),
+        all_keys=index(all_keys),
+        cu_text_queries=send(cu_text_queries, device),
+        cu_all_keys=send(cu_all_keys, device),
     )
 
 
-def _index(found, rows, first=0):
-    """The `Index` of (batch, position) tensors into a tensor that starts at position `first`."""
-    batch, position = found[0], found[1] - first
-    if rows == 1 and len(position) and position[-1] - position[0] + 1 == len(position):
-        return 0, slice(int(position[0]), int(position[-1]) + 1)
-    return batch, position
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`, without waiting until all that runs there before has ended."""
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def valid_tokens(attention_mask: torch.Tensor | dict | None, length: int) -> torch.Tensor | None:

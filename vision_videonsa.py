@@ -34,6 +34,7 @@ from .library_videonsa import (
     get_vision_window_index,
     merge_with_config_defaults,
 )
+from .packing_videonsa import send
 
 PATCHES_PER_CHUNK = 32768  # 8,192 tokens after merging
 SEQUENCES_PER_CALL = 32768  # CUDA's attention kernels take fewer than 65,536 sequences
@@ -50,7 +51,7 @@ class Sequences(NamedTuple):
     def to(self, device: torch.device) -> "Sequences":
         if self.rows is None:
             return self
-        return self._replace(rows=self.rows.to(device), restore=self.restore.to(device))
+        return self._replace(rows=send(self.rows, device), restore=send(self.restore, device))
 
 
 class Layout(NamedTuple):
@@ -66,7 +67,7 @@ class Layout(NamedTuple):
 
     def to(self, device: torch.device) -> "Layout":
         attention = {name: sequences.to(device) for name, sequences in self.attention.items()}
-        return Layout(*(x.to(device) for x in self[:3]), attention)
+        return Layout(*(send(x, device) for x in self[:3]), attention)
 
 
 def make_layout(
@@ -273,7 +274,7 @@ class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
             return x.unflatten(0, (-1, self.spatial_merge_unit))[index].flatten(0, 1)
 
         hidden_states = reorder(self.patch_embed(pixels), layout.order)
-        angles = self.rotary_pos_emb(hidden_states, positions.to(pixels.device))
+        angles = self.rotary_pos_emb(hidden_states, send(positions, pixels.device))
         angles = tuple(reorder(x, layout.order) for x in angles)
         for number, block in enumerate(self.blocks):
             full = number in self.fullatt_block_indexes
@@ -289,17 +290,23 @@ class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
 
 
 def _chunks(frames):
-    """Ranges of frames: one, or more with at most PATCHES_PER_CHUNK patches in all.
+    """Ranges of frames: as few as hold at most PATCHES_PER_CHUNK patches each, of about one size.
 
-    frames int64 [frames + 1]: cumulative patches.
+    A small chunk takes the host longer than the GPU. frames int64 [frames + 1]: cumulative patches.
     """
     chunks, first = [], 0
     bounds = frames.tolist()
-    for last in range(1, len(bounds)):
-        if last - first > 1 and bounds[last] - bounds[first] > PATCHES_PER_CHUNK:
-            chunks.append((first, last - 1))
-            first = last - 1
-    return [*chunks, (first, len(bounds) - 1)]
+    while first < len(bounds) - 1:
+        left = bounds[-1] - bounds[first]
+        share = left / -(-left // PATCHES_PER_CHUNK)
+        last = first + 1
+        while bounds[last] - bounds[first] < share:
+            if bounds[last + 1] - bounds[first] > PATCHES_PER_CHUNK:
+                break
+            last += 1
+        chunks.append((first, last))
+        first = last
+    return chunks
 
 
 def _is_plain(module, kind):

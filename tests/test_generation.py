@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 from videonsa import generation_videonsa
-from videonsa.media_features_videonsa import MediaFeatures
+from videonsa.media_features_videonsa import MediaFeatures, chunks_of
 
 from tiny import VIDEO, Prompts, make_model, stock_twin
 
@@ -171,6 +171,26 @@ def test_long_prompts_are_encoded_and_read_in_chunks_by_themselves(
             calls.clear()
     finally:
         hook.remove()
+
+
+def test_a_short_rest_of_a_prompt_joins_the_chunk_before(model, prompts):
+    """Of less than an eighth of a chunk; the results are those of one pass."""
+    assert chunks_of(131104, 16384)[-2:] == [(98304, 114688), (114688, 131104)]
+    assert chunks_of(18433, 16384) == [(0, 16384), (16384, 18433)]
+    assert chunks_of(7, 3) == [(0, 3), (3, 6), (6, 7)] and chunks_of(2, 3) == [(0, 2)]
+    lengths = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: lengths.append(args[0].shape[1])
+    )
+    try:
+        inputs = prompts.batch(prompts.row(2, ("video", 7, 2, 2), 1))  # 33 tokens
+        _, whole = generate(model, inputs, prefill_chunk_size=None)
+        lengths.clear()
+        _, read = generate(model, inputs, prefill_chunk_size=16)
+    finally:
+        hook.remove()
+    torch.testing.assert_close(read, whole, **CLOSE)
+    assert lengths[:2] == [16, 17] and set(lengths[2:]) == {1}
 
 
 def test_a_slice_of_features_encodes_the_steps_that_hold_it():

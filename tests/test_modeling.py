@@ -288,6 +288,31 @@ def test_a_mask_of_all_pairs_equals_one_of_tokens(model, prompts, wrapped, dtype
     torch.testing.assert_close(run(), expected, **CLOSE)
 
 
+# The layers
+
+
+def test_device_maps_and_fsdp_find_the_layers_by_the_stock_names(model):
+    names = {type(module).__name__ for module in model.modules()}
+    assert set(model._no_split_modules) == {"Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"}
+    assert set(model._no_split_modules) <= names
+
+
+def test_a_hook_on_the_second_norm_sees_the_sum_and_its_norm(model, prompts):
+    layer, seen = model.model.language_model.layers[0], []
+    hook = layer.post_attention_layernorm.register_forward_hook(lambda *call: seen.append(call[2]))
+    states = logits_and_states(model, prompts.batch(prompts.row(9)))
+    hook.remove()
+    total, normed = seen[0]
+    with torch.no_grad():
+        torch.testing.assert_close(normed, layer.post_attention_layernorm(total))
+        torch.testing.assert_close(states[1], total + layer.mlp(normed))
+
+
+def logits_and_states(model, inputs):
+    with torch.no_grad():
+        return model(**inputs, output_hidden_states=True).hidden_states
+
+
 # How a batch is laid out
 
 
@@ -296,8 +321,26 @@ def test_the_plan_of_one_row_copies_nothing():
     plan = make_plan(torch.tensor([[0, 0, 1, 1, 1, 0, 0]]).bool(), 5)
     assert plan.vision_queries == (0, slice(0, 3)) and plan.vision_keys == (0, slice(2, 5))
     assert plan.text_queries == (0, slice(3, 5)) and plan.all_keys == (0, slice(0, 7))
-    assert plan.text_positions.tolist() == [5, 6]
+    assert plan.text_positions.tolist() == [5, 6] and not plan.is_all_vision
     assert make_plan(torch.tensor([[1, 1, 0]]).bool(), 1) is None
+
+
+def test_queries_that_are_all_vision_run_no_dense_attention(model, monkeypatch):
+    dense = []
+    monkeypatch.setattr(
+        modeling.VideoNSAAttention,
+        "attend_dense",
+        lambda self, query, key, value, plan: dense.append(1) or query[plan.text_queries],
+    )
+    attention = model.model.language_model.layers[0].self_attn
+    hidden, rotary = torch.randn(1, 4, 112), (torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
+    valid = torch.tensor([[1, 1, 1, 0]]).bool()
+    for vision, called in ((torch.ones(1, 4).bool(), 0), (valid, 1)):
+        plan = make_plan(vision, 4, valid if called else None)
+        assert plan.is_all_vision == (not called)
+        with torch.no_grad():
+            output, _ = attention(hidden, position_embeddings=rotary, nsa_plan=plan)
+        assert output.shape == hidden.shape and len(dense) == called
 
 
 def test_the_plan_of_padded_rows():
@@ -590,6 +633,30 @@ def test_the_triton_backend_equals_the_reference(prompts):
         results.append([loss.detach()] + [p.grad for p in model.parameters()])
     for expected, actual in zip(*results, strict=True):
         assert (actual - expected).norm() <= 1e-4 * expected.norm() + 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_host_prepares_a_chunk_while_the_gpu_runs_the_one_before(prompts, rows):
+    """From the second chunk on nothing waits for the GPU."""
+    model = make_model(head_dim=16, nsa_block_size=8).cuda()
+    batch = [prompts.row(3, ("video", 40 - 9 * n, 2, 2), 5) for n in range(rows)]
+    inputs = prompts.batch(*batch, device="cuda")
+    chunks, embed = [], model.get_input_embeddings()
+
+    def refuse_to_wait(module, args):
+        chunks.append(args[0].shape[1])
+        if len(chunks) == 2:
+            torch.cuda.set_sync_debug_mode("error")
+
+    logits(model, inputs, past_key_values=DynamicCache(), nsa_chunk_size=32)  # compiles
+    hook = embed.register_forward_pre_hook(refuse_to_wait)
+    try:
+        logits(model, inputs, past_key_values=DynamicCache(), nsa_chunk_size=32)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        hook.remove()
+    assert len(chunks) > 3
 
 
 def test_triton_on_a_cpu_is_refused():

@@ -162,6 +162,18 @@ def test_chunks_hold_whole_frames():
         assert vision._chunks(frames) == [(0, 2), (2, 3), (3, 4), (4, 5)]
 
 
+@pytest.mark.parametrize("most", [40, 47])
+@pytest.mark.parametrize("count", [1, 4, 5, 9, 10, 11, 12, 13, 100])
+def test_chunks_are_as_few_as_possible_and_none_is_small(count, most, monkeypatch):
+    """For a frame or two at the end the host would take longer than the GPU."""
+    monkeypatch.setattr(vision, "PATCHES_PER_CHUNK", most)  # four frames
+    chunks = vision._chunks(torch.arange(count + 1) * 10)
+    sizes = [last - first for first, last in chunks]
+    assert len(chunks) == -(-count // 4) and sum(sizes) == count
+    assert max(sizes) <= 4 and max(sizes) - min(sizes) <= (1 if most == 40 else 2)
+    assert [first for first, _ in chunks] == [0, *(last for _, last in chunks[:-1])]
+
+
 def gradients(tower, inputs):
     pixels, grid = inputs
     pixels = pixels.clone().requires_grad_()
