@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from .cache_videonsa import BufferedLayer
+from .fused_videonsa import recorded_launches
 from .library_videonsa import cache_of, observed
 
 logger = logging.get_logger(__name__)
@@ -151,7 +152,8 @@ class _Recording:
 
     def _step(self, model):
         step = DecodeStep(self.keys, self.values, self.length - 1, self.length, self.valid)
-        return run_step(model, self.inputs_embeds, self.position_ids, step)
+        with recorded_launches():
+            return run_step(model, self.inputs_embeds, self.position_ids, step)
 
 
 def run_step(

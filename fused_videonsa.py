@@ -535,7 +535,7 @@ if triton is not None:
         tl.store(target, y_1.to(dtype), present)
         tl.store(target + HALF, y_2.to(dtype), present)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["length"])
     def _rotary_rows(
         q, k, cos, sin, q_out, k_out, q_batch, q_token, q_head, k_batch, k_token, k_head, length,
         HALF: tl.constexpr, ROUND: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
