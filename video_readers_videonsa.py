@@ -39,7 +39,7 @@ def read_frames(
     groups = group_times(file, seconds)
     readers = min(readers, len(groups) - 1)
     done, error = 0, None
-    if readers > 1:
+    if readers > 1 and file.can_seek(seconds[groups[-1][0]]):
         for item in _read_alone(file, seconds[: groups[0][1]], fetch):
             yield item
             done += 1

@@ -22,6 +22,7 @@ PROCESSOR_CODE = (
     "video_settings_videonsa.py",
     "video_reader_videonsa.py",
     "video_readers_videonsa.py",
+    "video_packets_videonsa.py",
     "video_source_videonsa.py",
     "joined_recordings_videonsa.py",
     "pixel_stream_videonsa.py",

@@ -634,6 +634,21 @@ def test_a_digital_camcorder(processor, folder):
     assert metadata.fps == pytest.approx(25)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+def test_pictures_that_are_renewed_in_parts(folder, caplog, suffix):
+    """Its packets are marked as key frames, but decoding from one gives wrong pictures."""
+    options = {"g": "48", "bf": "3", "x264-params": "intra-refresh=1"}
+    path = clips.write_clip(folder / f"renewed{suffix}", 300, options=options)
+    with av.open(str(path)) as plain:
+        whole = [frame.to_ndarray(format="rgb24") for frame in plain.decode(video=0)]
+    with VideoFile(str(path)) as file:
+        for wanted in ([0, 60, 120, 240], [250], [7]):
+            shown = file.frames_at([i / 10 for i in wanted])
+            for i, (_, frame) in zip(wanted, shown, strict=True):
+                assert np.array_equal(file.image(frame), whole[i])
+    assert suffix == ".ts" or "renewed in parts, without key frames; decoding" in caplog.text
+
+
 @pytest.mark.parametrize("name", IN_ORDER)
 def test_what_cannot_be_sought_is_decoded_in_order_once(folder, name, caplog):
     path = clips.write_clip(folder / name, 60, **IN_ORDER[name])
