@@ -171,11 +171,16 @@ class Clock:
 
 def answer(model, inputs, new_tokens, **options):
     """Seconds to the first of so many tokens, of each one after it, and of them all."""
+    first, *_, last = token_times(model, inputs, new_tokens, **options)
+    return first, (last - first) / (new_tokens - 1), last
+
+
+def token_times(model, inputs, new_tokens, **options):
+    """Seconds until each of so many tokens is on the host."""
     clock, start = Clock(), time.perf_counter()
     lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     model.generate(**inputs, **lengths, do_sample=False, streamer=clock, **options)
-    _, first, *_, last = clock.times
-    return first - start, (last - first) / (new_tokens - 1), last - start
+    return [each - start for each in clock.times[1:]]
 
 
 @torch.no_grad()

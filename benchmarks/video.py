@@ -90,20 +90,30 @@ def versions(names):
 
 def two_hours():
     """The path of the file, which is made if it is not there."""
-    path = Path(tempfile.gettempdir()) / "videonsa-benchmark" / f"{HOURS}h-{HEIGHT}p-{RATE}fps.mp4"
+    options = {"preset": "veryfast", "g": str(KEY_GAP)}
+    name = f"{HOURS}h-{HEIGHT}p-{RATE}fps"
+    return make_file(name, drawn, options, math.ceil(HOURS * 3600 * RATE / PIECE))
+
+
+def make_file(name, draw, options, repeats):
+    """The path of a file of h264 in the temporary folder, which is made if it is not there.
+
+    draw: gives its frames, HEIGHT x WIDTH pixels, which the file repeats so many times.
+    options: of x264.
+    """
+    path = Path(tempfile.gettempdir()) / "videonsa-benchmark" / f"{name}.mp4"
     if path.exists():
         return str(path)
     path.parent.mkdir(exist_ok=True)
     start, part = time.monotonic(), path.with_suffix(".part.mp4")
-    repeats = math.ceil(HOURS * 3600 * RATE / PIECE)
     with av.open(str(part), "w") as file:
         stream = file.add_stream("libx264", rate=RATE)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        stream.options = {"preset": "veryfast", "g": str(KEY_GAP)}
-        packets = [packet for frame in drawn() for packet in stream.encode(frame)]
+        stream.options = options
+        packets = [packet for frame in draw() for packet in stream.encode(frame)]
         packets += stream.encode()
         tick = packets[0].time_base
-        later = int(PIECE / RATE / tick)
+        later = int(len(packets) / RATE / tick)
         stamps = [(packet.pts, packet.dts) for packet in packets]
         for repeat in range(repeats):
             for packet, (pts, dts) in zip(packets, stamps, strict=True):
