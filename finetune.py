@@ -189,6 +189,8 @@ def main(argv=None):
         max_tokens=data_args.max_tokens,
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
+    if args.process_index == 0 and (unread := data.unread_keys()):
+        logger.warning(f"Nothing reads {', '.join(unread)} of the rows: they are taken as notes.")
     if data_args.dry_run:
         dry_run(data, config, model_args, args)
         return None

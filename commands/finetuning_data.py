@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from commands.finetuning_rows import MEDIA, all_parts, parse_row, to_messages
+from commands.finetuning_rows import MEDIA, all_parts, parse_row, to_messages, unread_keys
 from commands.finetuning_sets import read_set, split_share
 from nsa_rules import count_visits
 
@@ -79,8 +79,8 @@ class Conversations(Dataset):
     def __post_init__(self):
         self.sets = [read_set(name, self.seed) for name in self.names]
         self.places = [(i, n) for i, (_, _, numbers) in enumerate(self.sets) for n in numbers]
-        if not self.places:
-            raise ValueError(f"there are no rows in {', '.join(self.names)}.")
+        if empty := [name for name, one in zip(self.names, self.sets, strict=True) if not one[2]]:
+            raise ValueError(f"there are no rows in {', '.join(empty)}.")
         tokenizer = self.processor.tokenizer
         tokens = (self.processor.image_token, self.processor.video_token)
         self.placeholders = torch.tensor(tokenizer.convert_tokens_to_ids(list(tokens)))
@@ -122,6 +122,15 @@ class Conversations(Dataset):
                 if len(kinds) == len(MEDIA):
                     return len(kinds)
         return len(kinds)
+
+    def unread_keys(self) -> list[str]:
+        """Keys of the rows that nothing reads: notes, or something that people miss."""
+        found = set()
+        for rows, _, _ in self.sets:
+            if hasattr(rows, "column_names"):  # a table, whose rows may hold whole files
+                rows = [dict.fromkeys(rows.column_names, True)]
+            found.update(*(unread_keys(row) for row in rows if isinstance(row, dict)))
+        return sorted(found)
 
     def measured(self, index) -> dict:
         """The lengths of an item, without reading more of its videos than one frame."""

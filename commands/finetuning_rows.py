@@ -25,7 +25,7 @@ from PIL import Image
 from message_parts_videonsa import SOURCE_KEYS, plain_source, read_part
 
 MEDIA = ("image", "video")
-ARTICLES = {"image": "an image", "video": "a video"}
+ARTICLES = {"text": "a text", "image": "an image", "video": "a video"}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 ROLES |= {"model": "assistant", "bot": "assistant", "system": "system"}
 # Keys with a list of turns, of which a row has one; else it has a question and an answer.
@@ -33,30 +33,38 @@ LISTS = ("messages", "conversations", "conversation")
 QUESTIONS = ("query", "question", "instruction", "prompt", "problem")
 ANSWERS = ("response", "answer", "output", "completion", "solution")
 TEXTS = {*QUESTIONS, *ANSWERS, "input", "system"}
+MEDIA_KEYS = {f"{kind}{s}" for kind in MEDIA for s in ("", "s")}
 # Settings that a row may give for its one video, as a part of a message may.
 SETTINGS = {"video_start", "video_end", "min_frames", "max_frames", "min_pixels", "max_pixels"}
 SETTINGS |= {"total_pixels", "resized_height", "resized_width"}
+READ = {*LISTS, *TEXTS, "history", *MEDIA_KEYS, *SETTINGS}
 # What would change the meaning of a row and is not read.
 REFUSED = {"audio", "audios", "objects", "tools", "chosen", "rejected", "rejected_response"}
 REFUSED |= {"context", "passage", "hint", "subtitle", "subtitles", "system_prompt"}
 REFUSED |= {"loss", "weight"}
 # Options of a question in columns of their own: "options", "option_a", "choice1", ...
 OPTIONS = re.compile(
-    r"(?:mcq?[_ ]?|answer_?|multiple_?choice_?)?(?:option|opt|choice|candidate|distractor)s?"
-    r"(?:[_ ]?(?:\d+|[a-z]|text|list)s?)?|(?:wrong|incorrect|false)_?(?:answer|option)s?_?\d*",
+    r"(?:mcq?[_ ]?|(?:possible_)?answer_?|multi(?:ple)?_?(?:choice_?)?)?"
+    r"(?:option|opt|choice|candidate|alternative|distractor)s?"
+    r"(?:[_ ]?(?:\d+|[a-z]|text|list)s?)?"
+    r"|(?:wrong|incorrect|false|possible)_?(?:answer|option)s?_?\d*",
     re.I,
 )
 # ... or as NExT-QA and tables of letters have them; such a name alone may be anything.
-NUMBERED_OPTION = re.compile(r"(?:a|ans|answer)_?\d|[A-H]", re.I)
+NUMBERED_OPTION = re.compile(r"(?:a|ans|answer|ending)_?\d|(?:(?:ans|answer|ending)_?)?[A-H]", re.I)
 # What might be a setting or a note about the file.
 UNCLEAR = re.compile(
-    r"fps|sample_fps|num_frames|nframes|clip|segment|span|interval|(?:time|clip|segment)_?range"
+    r"(?:(?:sampl(?:e|ed|ing)|target)_)?fps|frame_?rate|(?:num|n)_?frames|frame_(?:indices|idx|ids)|clip|segment|span|interval"
+    r"|(?:time|clip|segment)_?range|(?:relevant_)?windows?|timestamps|time_?(?:span|window)s?"
     r"|(?:clip|segment|scene|shot|moment|video)?_?(?:start|end|begin)"
     r"(?:_?(?:time|timestamp|sec|second|frame|ms|s)s?)*",
     re.I,
 )
 # What a part of a video may say besides.
-PART_SETTINGS = {"image": {"min_pixels", "max_pixels", "resized_height", "resized_width"}}
+PART_SETTINGS = {
+    "text": set(),
+    "image": {"min_pixels", "max_pixels", "resized_height", "resized_width"},
+}
 PART_SETTINGS["video"] = SETTINGS | {"fps", "sample_fps", "num_frames", "nframes", "max_tokens"}
 PART_SETTINGS["video"] |= {"do_sample_frames", "do_resize"}
 # Names under which people keep media, and which are not read.
@@ -79,10 +87,15 @@ TAG = re.compile(
 )
 # What else might be one: "<image 1>", "<img>a.png</img>", "<frame_3>".
 ODD_TAG = re.compile(
-    r"<[|/]?(?:image|img|video|vid|vision|frame|media|clip|picture|audio|sound)[^<>\n]{0,100}>",
+    r"(?:<|&lt;)[|/]?(?:\w*_)?(?:image|img|video|vid|vision|frame|media|mm|clip|picture|audio|sound)"
+    r"[^<>\n]{0,100}?(?:>|&gt;)|[\[{](?:image|img|video|vid)[ _]?\d*[\]}]",
     re.I,
 )
-CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
+# What chat templates write, ours anywhere in a text and others' at its end.
+CONTROL = re.compile(
+    r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end)\|>"
+    r"|(?:</s>|<eos>|<end_of_turn>|<\|(?:eot_id|end|end_of_text)\|>)$"
+)
 PICTURES = set(Image.registered_extensions())
 FILMS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts"}
 
@@ -100,6 +113,11 @@ def to_messages(row, folder) -> list[dict]:
     return messages
 
 
+def unread_keys(row) -> set[str]:
+    """The keys of a row that say something and that nothing reads: notes, or something missed."""
+    return {str(key) for key, value in row.items() if key not in READ and not _is_empty(value)}
+
+
 def all_parts(messages):
     for message in messages:
         yield from message["content"]
@@ -113,6 +131,11 @@ def parse_row(row) -> list[dict]:
     row = {key: value for key, value in given.items() if not _is_empty(value)}
     if refused := sorted(REFUSED & row.keys()):
         raise ValueError(f"the row has {', '.join(refused)}, which is not supported: remove it")
+    if isinstance(row.get("label"), bool):
+        raise ValueError(
+            f"the row has label {row['label']}, as data of good and bad answers: keep the "
+            "good ones, and remove it"
+        )
     turns = _turns(row)
     media = {kind: _listed(row, kind, _count_tags(turns)) for kind in MEDIA}
     has_media = any(media.values())
@@ -130,8 +153,11 @@ def parse_row(row) -> list[dict]:
 
 def _decoded(key, value):
     """A value of a row; a list that is stored as a JSON string as what it says."""
-    lists = {*LISTS, "history", *(f"{kind}{s}" for kind in MEDIA for s in ("", "s"))}
-    if key in lists and isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+    if (
+        key in {*LISTS, "history", *MEDIA_KEYS}
+        and isinstance(value, str)
+        and value.lstrip()[:1] in ("[", "{")
+    ):
         try:
             return json.loads(value)
         except json.JSONDecodeError:
@@ -167,6 +193,8 @@ def _plain(value):
         return None
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else str(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # as pandas makes floats of whole numbers beside an empty cell
     return None if type(value).__name__ in ("NAType", "NaTType") else value
 
 
@@ -193,6 +221,14 @@ def _check_options(messages, row):
             f"the row has {', '.join(found)}, as options of its question, which has not all of "
             "them: write them into its text ('A. ...'), and the answer as it is to be given there"
         )
+    for part in all_parts([one for one in messages if one["role"] == "assistant"] if found else []):
+        if re.fullmatch(r"[A-Za-z]|\d+", part["text"]) and not re.search(
+            rf"(?<!\w){part['text']}(?!\w)", asked
+        ):
+            raise ValueError(
+                f"the answer {part['text']} counts the options in {', '.join(found)}, but is not "
+                "in the question: give it as it is to be said"
+            )
 
 
 def _leaves(value):
@@ -240,9 +276,7 @@ def _turns(row):
 
 
 def _list_of_turns(turns, key):
-    if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
-        # As `datasets` may store a list of turns: a dict of lists.
-        turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
+    turns = _from_columns(turns, key)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"{key} is a list of turns, not {_short(turns)}")
     listed = []
@@ -253,6 +287,15 @@ def _list_of_turns(turns, key):
         else:  # one turn each under the names of their roles
             listed += [{"role": name, "content": text} for name, text in turn.items()]
     return listed
+
+
+def _from_columns(items, key):
+    """A list of dicts that `datasets` may store as a dict of lists; others as they are."""
+    if not (_is_dict(items) and all(isinstance(column, list) for column in items.values())):
+        return items
+    if len(lengths := {len(column) for column in items.values()}) > 1:
+        raise ValueError(f"{key} has lists of different lengths: {sorted(lengths)}")
+    return [dict(zip(items, one, strict=True)) for one in zip(*items.values(), strict=True)]
 
 
 def _pair(row, question_key, answer_key):
@@ -353,15 +396,14 @@ def _parts(item, role, media, has_media):
         raise ValueError(f"a turn has text and parts, not {_short(item)}")
     part = read_part({key: value for key, value in item.items() if not _is_empty(value)})
     kind = part.pop("type")
-    if kind == "text":
-        has_media = has_media and any(media.values())
-        yield from _split(str(part.get("text", "")), role, media, has_media)
-        return
     source = part.pop(kind, None)
     if unknown := sorted(part.keys() - PART_SETTINGS[kind]):
         raise ValueError(
             f"{ARTICLES[kind]} has {', '.join(unknown)}, which is not supported: remove it"
         )
+    if kind == "text":
+        yield from _split(source or "", role, media, has_media and any(media.values()))
+        return
     yield {"type": kind, **part, kind: _next(media, kind) if source is None else source}
 
 
@@ -422,9 +464,7 @@ def _listed(row, kind, tags):
     """The media of one kind that a row lists beside its text."""
     if kind in row and f"{kind}s" in row:
         raise ValueError(f"the row has both {kind} and {kind}s: leave one")
-    items = row.get(f"{kind}s", row.get(kind, []))
-    if isinstance(items, dict) and all(isinstance(column, list) for column in items.values()):
-        items = [dict(zip(items, one, strict=True)) for one in zip(*items.values(), strict=True)]
+    items = _from_columns(row.get(f"{kind}s", row.get(kind, [])), f"{kind}s")
     items = list(items) if isinstance(items, (list, tuple)) else [items]
     items = [item for item in items if not _is_empty(item)]
     for item in items:
@@ -467,8 +507,7 @@ def _place_first(messages, media):
 def _check_lost_media(messages, row, given):
     """Raises ValueError where a row seems to have media that were not found."""
     has_media = any(part["type"] != "text" for part in all_parts(messages))
-    read = {f"{kind}{s}" for kind in MEDIA for s in ("", "s")}
-    for key in row.keys() - read:
+    for key in row.keys() - MEDIA_KEYS:
         noted = has_media and key.lower().endswith(("name", "id"))  # beside the medium itself
         named = FILE_KEY.fullmatch(key) and not noted and _looks_like_media(row[key])
         if not has_media and key not in TEXTS:  # then it may be under any name, or be named alone
@@ -478,7 +517,7 @@ def _check_lost_media(messages, row, given):
                 f"the row has {key}, which is not read: give its file as {', '.join(MEDIA)} "
                 "or their plurals"
             )
-    empty = sorted(key for key in given.keys() & read if _is_empty(given[key]))
+    empty = sorted(key for key in given.keys() & MEDIA_KEYS if _is_empty(given[key]))
     for message in messages:
         if message["role"] == "assistant":
             continue

@@ -68,7 +68,15 @@ def read_rows(name: str) -> tuple[Sequence, Path]:
     source, subset, split = (*name.split(":"), "", "")[:3]
     if Path(source, "state.json").is_file() or Path(source, "dataset_dict.json").is_file():
         rows = datasets.load_from_disk(source)  # as save_to_disk wrote it
-        rows = rows[split or "train"] if isinstance(rows, dict) else rows
+        if isinstance(rows, dict):
+            if (split or "train") not in rows:
+                raise ValueError(
+                    f"{source} has no split {split or 'train'!r}, but {', '.join(rows)}: name one, "
+                    f"as in {source}::{next(iter(rows))}"
+                )
+            rows = rows[split or "train"]
+        elif split or subset:
+            raise ValueError(f"{source} was saved as one data set, without subsets and splits.")
     else:
         rows = datasets.load_dataset(source, subset or None, split=split or "train")
     return _undecoded(rows, datasets), path if path.is_dir() else Path()
@@ -150,10 +158,14 @@ def _read_table(path, delimiter):
 
 
 def _undecoded(rows, datasets):
-    """The same rows with pictures, videos and sound as they are stored."""
+    """The same rows with media as they are stored, and the names of classes for their numbers."""
+    import pyarrow  # comes with datasets
+
     media = (datasets.Image, datasets.Video, datasets.Audio)
 
     def plain(feature):
+        if isinstance(feature, datasets.ClassLabel):
+            return datasets.Value("string")
         if isinstance(feature, media):
             return dataclasses.replace(feature, decode=False)
         if isinstance(feature, dict):
@@ -165,6 +177,12 @@ def _undecoded(rows, datasets):
     features = plain(rows.features)
     if features == rows.features:
         return rows
+    table = rows.data
+    for place, (name, feature) in enumerate(rows.features.items()):
+        if isinstance(feature, datasets.ClassLabel):
+            known = dict(enumerate(feature.names))  # without a class are None and -1
+            names = [known.get(number) for number in table[name].to_pylist()]
+            table = table.set_column(place, name, pyarrow.array(names, pyarrow.string()))
     # Not by `rows.cast`, which writes a copy to the disk: the storage is the same.
-    table = rows.data.cast(features.arrow_schema)
+    table = table.cast(features.arrow_schema)
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))

@@ -112,7 +112,7 @@ TURNS = [user("<video>What?"), answer("red")]
             ({"video": "a.mp4", "question": "What?", "answer": number},
              [ASKED[0], ("assistant", learned)])
             for number, learned in ((np.int64(3), "3"), (np.float32(2.5), "2.5"), (Decimal(3), "3"),
-                                 (Decimal("3.50"), "3.50"), (np.str_("red"), "red"))
+                                 (Decimal("3.50"), "3.50"), (np.str_("red"), "red"), (3.0, "3"))
         ),
         *(
             ({"video": "a.mp4", "question": "What? A. red B. blue 2", "answer": "A", **options},
@@ -157,7 +157,9 @@ def test_settings_beside_a_video_are_the_videos():
         *(
             ({"video": "a.mp4", key: 8, "messages": TURNS}, f"has {key}: as settings")
             for key in ("start_timestamp", "clip_end_sec", "begin_time", "time_range", "end_s",
-                        "video_start_time", "clip_start_time", "Start", "segment_start", "span")
+                        "video_start_time", "clip_start_time", "Start", "segment_start", "span",
+                        "n_frames", "target_fps", "frame_rate", "frame_indices", "timestamps",
+                        "relevant_windows")
         ),
         ({"video": "a.mp4", "prompt": "<|im_start|>user\n<video>What?<|im_end|>\n",
           "completion": "red"}, "begins with <\\|im_start\\|>"),
@@ -199,14 +201,18 @@ def test_settings_beside_a_video_are_the_videos():
              f"has {', '.join(keys)}, as options")
             for keys in (["a0", "a1"], ["option_a", "option_b"], ["A", "B"], ["choices"],
                          ["option"], ["candidates"], ["answer_choices"], ["option1"],
-                         ["mc_options"], ["wrong_answers"],
+                         ["mc_options"], ["wrong_answers"], ["possible_answers"],
+                         ["multi_choice"], ["alternatives"], ["answerA", "answerB"],
+                         ["ending0", "ending1"],
                 ["option 0", "option 1"], ["choice_list"])
         ),
         *(
             ({"video": "a.mp4", "messages": [user(f"{tag}What?"), answer("x")]},
              f"the text has {re.escape(tag[:5])}.*not read")
             for tag in ("<img>b.png</img>", "<image 1>", "<|image_1|>", "<Frame 2>", "<video_0>",
-                        "<img src='b.png'>", "<VIDEO_PLACEHOLDER>")
+                        "<img src='b.png'>", "<VIDEO_PLACEHOLDER>", "<start_of_image>",
+                        "<__media__>", "<mm_placeholder>", "[video]", "{image 1}",
+                        "&lt;video&gt;")
         ),
         ({"video": "a.mp4", "messages": [user("<video>b.mp4</video>?"), answer("x")]},
          "the text has </video>"),
@@ -259,6 +265,24 @@ def test_settings_beside_a_video_are_the_videos():
         ({"video": "a.mp4", "messages": [TURNS[0], answer("x<|im_end|>\n<|im_start|>user\nhi")]},
          "an assistant's text has <\\|im_end\\|>"),
         ({"video": "a.mp4", "question": "?", "answer": float("nan")}, "has question, where"),
+        *(
+            ({"video": "a.mp4", "question": "?", "answer": f"red{token}"},
+             "an assistant's text has .*, which the chat template writes")
+            for token in ("</s>", "<eos>", "<end_of_turn>", "<|eot_id|>", "<|vision_start|>!")
+        ),
+        ({"prompt": [user([video(), text("?")])], "completion": [answer("x")], "label": False},
+         "has label False"),
+        ({"video": "a.mp4", "question": "?", "answer": {"text": "red", "answer_start": 3}},
+         "a text has answer_start"),
+        ({"messages": [user([video(), text("?")]), answer([{**text("x"), "loss": False}])]},
+         "a text has loss"),
+        *(
+            ({"video": "a.mp4", "question": "Is it red or blue?", "options": ["red", "blue"],
+              "answer": given}, f"the answer {given} counts the options in options")
+            for given in (1, "B", "0")
+        ),
+        ({"video": "a.mp4", "messages": {"role": ["user", "assistant"], "content": ["?"]}},
+         "messages has lists of different lengths: \\[1, 2\\]"),
         ({"messages": [user([True]), answer("x")]}, "text and parts, not True"),
     ],
 )  # fmt: skip
@@ -426,6 +450,54 @@ def test_data_sets_with_media_inside_are_read_undecoded(folder, tmp_path):
         assert set(read["images"][0]) == {"bytes", "path"}
         [image, _] = to_messages(read, folder)[0]["content"]
         assert image["image"] in (picture, (folder / "red.png").read_bytes())
+
+
+def test_classes_are_read_by_their_names(tmp_path):
+    import datasets
+
+    rows = [
+        {**dict.fromkeys(("video", "question"), "x"), "answer": one} for one in (1, 0, None, -1)
+    ]
+    stored = datasets.Dataset.from_list(rows)
+    stored = stored.cast_column("answer", datasets.ClassLabel(names=["red", "blue"]))
+    stored.to_parquet(str(tmp_path / "a.parquet"))
+    read = read_rows(str(tmp_path / "a.parquet"))[0]
+    assert [row["answer"] for row in read] == ["blue", "red", None, None]
+    assert set(read[0]) == {"video", "question", "answer"}
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list([ROW])
+    rows.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(validation=rows).save_to_disk(str(tmp_path / "several"))
+    assert len(read_rows(f"{tmp_path / 'several'}::validation")[0]) == 1
+    with pytest.raises(ValueError, match="no split 'train', but validation: .*::validation"):
+        read_rows(str(tmp_path / "several"))
+    with pytest.raises(ValueError, match="without subsets and splits"):
+        read_rows(f"{tmp_path / 'one'}::validation")
+
+
+def test_a_set_without_rows_is_named_among_others(processor, folder):
+    write_rows(folder / "a.jsonl", [ROW])
+    write_rows(folder / "none.jsonl", [])
+    for name in ("none.jsonl", "a.jsonl%10"):
+        names = [str(folder / "a.jsonl"), str(folder / name)]
+        with pytest.raises(ValueError, match=f"no rows in [^ ]*{name}"):
+            Conversations(names, processor)
+
+
+def test_keys_that_nothing_reads_are_named(processor, folder, tmp_path, caplog):
+    import datasets
+
+    notes = {"transcript": "He speaks.", "pre_prompt": "Be brief.", "empty": None}
+    datasets.Dataset.from_list([{**ROW, "origin": "x"}]).to_parquet(str(folder / "a.parquet"))
+    path = write_rows(folder / "notes.jsonl", [TEXT_ROW, {**ROW, **notes}])
+    names = [str(path), str(folder / "a.parquet")]
+    assert Conversations(names, processor).unread_keys() == ["origin", "pre_prompt", "transcript"]
+    run(path, tmp_path, dry_run=True)
+    assert "Nothing reads pre_prompt, transcript of the rows" in caplog.text
 
 
 def test_a_share_is_a_number_after_the_last_percent_sign(tmp_path):
