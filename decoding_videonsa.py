@@ -29,6 +29,7 @@ from .library_videonsa import cache_of, observed
 logger = logging.get_logger(__name__)
 
 RECORD_FROM = 3  # the call of one token that is recorded: an answer of a letter is not worth it
+DEVICES = ("cuda",)
 
 _recorder = ContextVar("recorder", default=None)
 
@@ -114,12 +115,17 @@ class _Recording:
                 self.valid = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
         self.keys = [layer.buffers.keys for layer in cache.layers]
         self.values = [layer.buffers.values for layer in cache.layers]
+        self.length.fill_(cache.get_seq_length() + 1)
+        self._record(model)
+
+    def _record(self, model):
+        """Make `graph`, whose replay computes `hidden_states` anew."""
+        device = self.length.device
         self.graph = torch.cuda.CUDAGraph()
         # Not by torch.cuda.graph, which empties the allocator's cache and waits for all streams.
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), torch.cuda.stream(stream):
-            self.length.fill_(cache.get_seq_length() + 1)
             self._step(model)  # compiles kernels, and makes what the libraries keep
             self.graph.capture_begin(capture_error_mode="thread_local")
             try:
@@ -190,7 +196,7 @@ def _is_step(inputs_embeds, position_ids, attention_mask, options):
     return (
         not any(options.get(name) for name in others)
         and inputs_embeds is not None
-        and inputs_embeds.is_cuda
+        and inputs_embeds.device.type in DEVICES
         and inputs_embeds.shape[1] == 1
         and position_ids is not None
         and position_ids.ndim == 3
@@ -201,5 +207,4 @@ def _is_step(inputs_embeds, position_ids, attention_mask, options):
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cuda")
         and not torch.compiler.is_compiling()
-        and not torch.cuda.is_current_stream_capturing()
     )

@@ -74,13 +74,35 @@ def test_a_hook_keeps_every_step_from_being_recorded():
     assert not Recorder(text).refused
 
 
-def on_gpu():
-    return make_model(head_dim=16, nsa_block_size=8, nsa_backend="auto").cuda()
+def model_on(device):
+    return make_model(head_dim=16, nsa_block_size=8, nsa_backend="auto").to(device)
+
+
+class Replayed:
+    """A graph that is not recorded, but computed again, to test on a CPU what is around it."""
+
+    def __init__(self, recording, model):
+        self.recording, self.model = recording, model
+
+    def replay(self):
+        self.recording.hidden_states = self.recording._step(self.model)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    if request.param == "cpu":
+        monkeypatch.setattr(decoding_videonsa, "DEVICES", ("cpu",))
+        monkeypatch.setattr(
+            decoding_videonsa._Recording,
+            "_record",
+            lambda self, model: setattr(self, "graph", Replayed(self, model)),
+        )
+    return request.param
 
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Counts the replayed steps."""
+    """Counts the recordings and the replayed steps."""
     counts = {"recorded": 0, "replayed": 0}
     made, replay = decoding_videonsa._Recording.__init__, decoding_videonsa._Recording.replay
 
@@ -111,11 +133,10 @@ WAYS = {
 }
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("way", WAYS)
-def test_recorded_decoding_gives_the_same_tokens(way, recorded, monkeypatch):
-    model, prompts = on_gpu(), Prompts()
-    inputs = on("cuda", prompts.batch(*rows_of(prompts)))
+def test_recorded_decoding_gives_the_same_tokens(way, device, recorded, monkeypatch):
+    model, prompts = model_on(device), Prompts()
+    inputs = on(device, prompts.batch(*rows_of(prompts)))
 
     def answer():
         torch.manual_seed(0)
@@ -132,10 +153,9 @@ def test_recorded_decoding_gives_the_same_tokens(way, recorded, monkeypatch):
     torch.testing.assert_close(logits, wanted_logits, **CLOSE)
 
 
-@pytest.mark.gpu
-def test_a_recording_goes_on_where_the_cache_grew(recorded, monkeypatch):
-    model, prompts = on_gpu(), Prompts()
-    inputs = on("cuda", prompts.batch(*rows_of(prompts)))
+def test_a_recording_goes_on_where_the_cache_grew(device, recorded, monkeypatch):
+    model, prompts = model_on(device), Prompts()
+    inputs = on(device, prompts.batch(*rows_of(prompts)))
     monkeypatch.setattr("videonsa.cache_videonsa.SPARE", 4)
     monkeypatch.setattr("videonsa.generation_videonsa.MAX_RESERVED", 5)
     options = GREEDY | {"max_new_tokens": 24}
@@ -168,10 +188,9 @@ class Interrupt(TextStreamer):
         pass
 
 
-@pytest.mark.gpu
-def test_turns_follow_a_recorded_answer(recorded, monkeypatch):
-    model, prompts = on_gpu(), Prompts()
-    inputs = on("cuda", prompts.batch(rows_of(prompts)[2]))
+def test_turns_follow_a_recorded_answer(device, recorded, monkeypatch):
+    model, prompts = model_on(device), Prompts()
+    inputs = on(device, prompts.batch(rows_of(prompts)[2]))
 
     def converse():
         cache = DynamicCache(config=model.config.text_config)
@@ -195,10 +214,9 @@ def test_turns_follow_a_recorded_answer(recorded, monkeypatch):
         assert torch.equal(ours, wanted)
 
 
-@pytest.mark.gpu
-def test_an_interrupted_answer_leaves_a_usable_conversation(recorded):
-    model, prompts = on_gpu(), Prompts()
-    inputs = on("cuda", prompts.batch(rows_of(prompts)[2]))
+def test_an_interrupted_answer_leaves_a_usable_conversation(device, recorded):
+    model, prompts = model_on(device), Prompts()
+    inputs = on(device, prompts.batch(rows_of(prompts)[2]))
     cache = DynamicCache(config=model.config.text_config)
     with pytest.raises(KeyboardInterrupt):
         model.generate(**inputs, **GREEDY, past_key_values=cache, streamer=Interrupt(8))
@@ -214,7 +232,7 @@ def test_an_interrupted_answer_leaves_a_usable_conversation(recorded):
 @pytest.mark.gpu
 @pytest.mark.parametrize("option", ["hidden states", "eager", "offloaded", "static", "autocast"])
 def test_what_cannot_be_recorded_runs_as_ever(option, recorded):
-    model, prompts = on_gpu(), Prompts()
+    model, prompts = model_on("cuda"), Prompts()
     options = {
         "hidden states": {"output_hidden_states": True, "return_dict_in_generate": True},
         "offloaded": {"cache_implementation": "offloaded"},
@@ -230,7 +248,7 @@ def test_what_cannot_be_recorded_runs_as_ever(option, recorded):
 
 @pytest.mark.gpu
 def test_what_cannot_be_captured_is_said_and_runs_as_ever(recorded, monkeypatch, caplog):
-    model, prompts = on_gpu(), Prompts()
+    model, prompts = model_on("cuda"), Prompts()
     inputs = on("cuda", prompts.batch(rows_of(prompts)[2]))
     wanted = model.generate(**inputs, **GREEDY)
     mlp = model.model.language_model.layers[0].mlp
