@@ -28,21 +28,19 @@ class Clock:
         self.last, self.end, self.offset, self.joins = None, 0.0, 0.0, []
 
     def seconds(self, packet) -> float | None:
-        stamp, decoded = packet.pts, packet.dts
-        if stamp is None:
-            stamp = decoded
+        decoded = packet.dts
+        stamp = decoded if packet.pts is None else packet.pts
         if stamp is None:
             return None
-        if decoded is None:
-            decoded = stamp
         time = (stamp - self.start) * self.tick + self.offset
-        if self.last is not None:
+        # FFmpeg does not know when the first packets of some files are decoded.
+        if decoded is not None and self.last is not None:
             step = (decoded - self.last) * self.tick
             if step < -self.BACK or (self.jumps and step > self.AHEAD):
                 self.offset += self.end - time
                 time = self.end
                 self.joins.append(time)
-        self.last = decoded
+        self.last = self.last if decoded is None else decoded
         end = time + ((packet.duration or 0) * self.tick or self.interval)
         if end > self.end:
             self.end = end

@@ -305,6 +305,7 @@ JOINED = {
     "h264.ts": {"options": {"g": "20", "bf": "3"}},
     "plain.ts": {"options": {"g": "20", "bf": "0"}},
     "h264.mkv": {"options": {"g": "20", "bf": "0"}},
+    "reordered.mkv": {"options": {"g": "20", "bf": "3"}},
     "mpeg2.mpg": {"codec": "mpeg2video", "rate": 25},
 }
 
@@ -323,6 +324,15 @@ def test_joined_recordings(processor, folder, caplog, kind, counts):
     assert [clips.number_in(frame) for frame in frames] == list(range(sum(counts)))
     said = [line for line in caplog.messages if "joined of recordings" in line]
     assert len(said) == 1 and f"starts again at {counts[0] / rate:.1f} s" in said[0]
+
+
+@pytest.mark.parametrize("options", [{"bf": "3"}, {"bf": "0"}], ids=str)
+def test_a_slow_screen_recording_is_not_taken_for_two(processor, folder, caplog, options):
+    """FFmpeg does not know when its first two packets are decoded where there are B-frames."""
+    path = clips.write_clip(folder / "screen.mkv", 12, rate=1, options=options)
+    frames, metadata, _ = read(processor, path, fps=1)
+    assert check(frames, metadata, list(range(12)), 12) == list(range(12))
+    assert not caplog.messages
 
 
 NOT_READ_ON = {
