@@ -62,6 +62,7 @@ def parse_arguments(argv=None):
     group.add_argument(
         "--video-readers", type=int, metavar="N", help="threads that read a video, at most"
     )
+    group.add_argument("--video-decoder", metavar="cpu|cuda", help="what decodes videos")
     options = parser.parse_args(argv)
 
     options.files, options.question = options.arguments, None
@@ -206,6 +207,7 @@ def make_conversation(options):
         "max_frames": options.max_frames,
         "max_pixels": options.max_pixels,
         "video_readers": options.video_readers,
+        "video_decoder": options.video_decoder,
     }
     return Conversation(
         processor,

@@ -26,7 +26,7 @@ from .message_parts_videonsa import (
 from .pictures_videonsa import as_tensor, checked_array, load_picture
 from .video_plan_videonsa import VideoPlan
 from .video_reader_videonsa import Remeasure, VideoFile
-from .video_readers_videonsa import default_readers, read_frames
+from .video_readers_videonsa import default_readers, gpu_of, read_frames
 from .video_settings_videonsa import VideoSettings, as_number, resolve_settings
 
 logger = logging.get_logger(__name__)
@@ -82,6 +82,7 @@ class PlannedFile(_Planned):
 
     def make_plan(self) -> VideoPlan:
         file, settings = self.file, self.settings
+        gpu_of(settings.video_decoder)  # what cannot be is refused before anything is read
         start = self.start = settings.video_start or 0
         end = file.duration
         if settings.video_end is not None:
@@ -131,9 +132,10 @@ class PlannedFile(_Planned):
             return resize(torch.from_numpy(file.image(frame).copy()).permute(2, 0, 1))
 
         readers = self.settings.video_readers or default_readers()
+        gpu = gpu_of(self.settings.video_decoder)
         with self.take_file() as file:
             try:
-                for time, frame in read_frames(file, self.seconds, fetch, readers):
+                for time, frame in read_frames(file, self.seconds, fetch, readers, gpu):
                     times.append(time)
                     yield frame
             except Remeasure:

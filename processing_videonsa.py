@@ -71,6 +71,7 @@ class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessor.valid_kwargs, total=Fal
     resized_height, resized_width: the size of every frame, whatever the pixel bounds say.
     video_start, video_end: seconds, to take a part of a file.
     video_readers: how many threads read a file at most.
+    video_decoder: "cuda" where NVIDIA's decoder is to help them; "cpu".
     video_backend: "pyav", which reads all files.
     progress: whether a bar shows how far a file is decoded.
     stream: whether the pixels come as a `PixelStream`.
@@ -84,6 +85,7 @@ class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessor.valid_kwargs, total=Fal
     video_start: float | int | None
     video_end: float | int | None
     video_readers: int | None
+    video_decoder: str | None
     video_backend: str | None
     progress: bool | None
     stream: bool | None
@@ -105,6 +107,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
     total_pixels = 128000 * 28 * 28 * 9 // 10
     max_tokens = None
     video_readers = None
+    video_decoder = "cpu"
     stream = False
     cap_pixels_per_frame = False  # total_pixels does it
 

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .joined_recordings_videonsa import Rest, begins_again, rest_of
 from .video_packets_videonsa import Clock, Decoded, Losses, Packets
 from .video_plan_videonsa import MAX_FRAME_PIXELS
-from .video_source_videonsa import VideoSource, av
+from .video_source_videonsa import PYAV, VideoSource, av
 
 logger = logging.get_logger(__name__)
 ONCE = threading.Lock()  # two threads that warn at the same time would do it twice
@@ -105,6 +105,7 @@ class VideoFile:
     # Set by those who read one file with several readers: whether reading is to end, and whether
     # this is one of several, which do not measure the file again.
     ended = one_of_several = False
+    gpu = None  # the number of the GPU that decodes
 
     def __init__(self, source):
         self.source = VideoSource(source)
@@ -148,7 +149,7 @@ class VideoFile:
 
     def _set_shape(self, first):
         self.orientation = orientation_of(first, self.name)
-        self.stored = first.height, first.width
+        self.stored, self.pixel_format = (first.height, first.width), first.format.name
         # Pixels need not be square: a DVD's 720 x 576 are shown as 1024 x 576.
         aspect = float(self.stream.sample_aspect_ratio or 1)
         if not 0.1 < aspect < 10:
@@ -183,10 +184,10 @@ class VideoFile:
             self.container.close()
             self.container = self.stream = None
 
-    def closed_copy(self):
-        """The same file as it was measured, not open."""
+    def closed_copy(self, gpu: int | None = None):
+        """The same file as it was measured, not open; for this GPU to decode, if one is given."""
         other = copy.copy(self)
-        other.container = other.stream = None
+        other.container, other.stream, other.gpu = None, None, gpu
         return other
 
     def moved(self):
@@ -208,15 +209,20 @@ class VideoFile:
                     f"{self.name}: its pictures change their shape, from {height}x{width} to "
                     f"{frame.height}x{frame.width}; all are stretched to that of the first."
                 )
-        matrix, how = MATRICES.get(int(frame.colorspace)), {}
+        matrix = MATRICES.get(int(frame.colorspace))
+        # By default, a conversion starts a thread for each core.
+        how = {"threads": 1} if self.one_of_several and PYAV >= 18 else {}
         if matrix is not None:
-            how = {
+            how |= {
                 "src_colorspace": matrix,
                 "dst_colorspace": BT601,  # RGB has none, but PyAV 15 looks for a difference
                 "src_color_range": int(frame.color_range) or LIMITED_RANGE,
                 "dst_color_range": FULL_RANGE,
             }
         try:
+            if frame.format.name == "cuda":
+                # It comes as NV12 or P010, from which the conversion to RGB rounds differently.
+                frame = frame.reformat(format=self.pixel_format)
             rgb = frame.reformat(format="rgb24", **how)
             return self.orientation.show(rgb.to_ndarray())
         except av.FFmpegError as error:
@@ -567,7 +573,7 @@ class VideoFile:
         """Opens the file (again): the one way back to the start that every format has."""
         self.close()
         try:
-            self.container = self.source.open()
+            self.container = self.source.open(self.gpu)
         except (av.FFmpegError, OSError) as error:
             reason = getattr(error, "strerror", None) or error
             if isinstance(error, ValueError):  # invalid data, or no format of the list
@@ -591,6 +597,8 @@ class VideoFile:
         context.options = {**context.options, "max_pixels": str(MAX_FRAME_PIXELS)}
         if self.one_of_several:
             context.thread_count = 1
+        if self.gpu is not None and not context.is_hwaccel:
+            raise self._error(f"is {context.name}, which the GPU does not decode")
 
     def _error(self, what):
         return ValueError(f"{self.name} {what}: {self.source.convert_hint()}.")

@@ -16,45 +16,58 @@ import torch
 from transformers.utils import logging
 
 from .video_reader_videonsa import ReadingEnded, VideoFile
+from .video_source_videonsa import PYAV
 
 logger = logging.get_logger(__name__)
 
 # Frames that have to be decoded for a group, at least: a reader more pays from there on.
 GROUP_FRAMES = 64
+# More readers on one GPU do not make its decoder faster.
+GPU_READERS = 8
 # Bytes of resized frames that wait for those before them, over all readers.
 AHEAD_BYTES = 128 << 20
 
 
 def read_frames(
-    file: VideoFile, seconds: list[float], fetch: Callable, readers: int
+    file: VideoFile, seconds: list[float], fetch: Callable, readers: int, gpu: int | None = None
 ) -> Iterator[tuple[float, torch.Tensor]]:
     """Yields (time, `fetch(file, frame)`) of the frame on screen at each of the ascending times.
 
     fetch: makes a tensor of a decoded frame, in the thread of its reader.
     readers: how many read at most. They start when more is asked for than the first group, and end
         with this generator.
+    gpu: the number of one whose decoder has GPU_READERS readers besides.
 
     Raises what `VideoFile.frames_at` raises.
     """
     groups = group_times(file, seconds)
+    gpu_readers = 0 if gpu is None else min(GPU_READERS, len(groups) - 1)
     readers = min(readers, len(groups) - 1)
-    done, error = 0, None
-    if readers > 1 and file.can_seek(seconds[groups[-1][0]]):
+    done, several = 0, None
+    if (readers > 1 or gpu_readers) and file.can_seek(seconds[groups[-1][0]]):
         for item in _read_alone(file, seconds[: groups[0][1]], fetch):
             yield item
             done += 1
-        ahead = max(readers, AHEAD_BYTES // item[1].nbytes)
-        several = _Readers(file, seconds, groups[1:], fetch, readers, ahead)
+        files = [file.closed_copy(gpu) for _ in range(gpu_readers)]
+        if readers:
+            files += [file.moved(), *(file.closed_copy() for _ in range(readers - 1))]
+        ahead = max(len(files), AHEAD_BYTES // item[1].nbytes)
+        several = _Readers(files, seconds, groups[1:], fetch, ahead)
         for item in several.frames():
             yield item
             done += 1
-        error = several.error
     rest = iter(())
     if done < len(seconds):
-        rest = _read_alone(file, seconds[done:], fetch)
+        if several is not None and several.gpu_failed:
+            rest = read_frames(file, seconds[done:], fetch, readers)
+        else:
+            rest = _read_alone(file, seconds[done:], fetch)
         yield next(rest)  # where a reader failed; what is wrong with the file is said now
-    if error is not None:
-        logger.warning_once(f"{file.name}: fewer than {readers} readers read it ({error!r}).")
+    if several is not None and several.error is not None:
+        what = f"fewer than {readers} readers read it"
+        if several.gpu_failed:
+            what = "the GPU's decoder did not read it, the CPU did"
+        logger.warning_once(f"{file.name}: {what} ({several.error!r}).")
     yield from rest
 
 
@@ -76,6 +89,23 @@ def group_times(file: VideoFile, seconds: list[float]) -> list[tuple[int, int]]:
         frames += 1 + (second - max(key, last)) * file.rate
         last = second
     return list(zip(starts, [*starts[1:], len(seconds)], strict=True))
+
+
+def gpu_of(decoder: str | None) -> int | None:
+    """The number of the GPU that is to decode; None for the CPU.
+
+    Raises ValueError where CUDA is asked for and cannot be used.
+    """
+    if decoder != "cuda":
+        return None
+    if PYAV < 18:
+        raise ValueError("video_decoder is 'cuda', which needs PyAV 18 or later: pip install -U av")
+    try:
+        return torch.cuda.current_device()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"video_decoder is 'cuda', but CUDA cannot be used here ({error}): leave it out."
+        ) from error
 
 
 def default_readers() -> int:
@@ -125,27 +155,26 @@ def _read_alone(file, seconds, fetch):
 
 
 class _Readers:
-    """Threads that read groups of frames, each with a container of its own.
+    """Threads that read groups of frames, each from a file of its own.
 
-    The first one goes on with the file's container. A reader waits when it is `ahead` frames ahead
-    of what was handed on.
+    A reader waits when it is `ahead` frames ahead of what was handed on.
 
-    error: why a reader failed, if one did.
+    error: why a reader failed, if one did.  gpu_failed: whether that was one on the GPU.
     """
 
-    def __init__(self, file, seconds, groups, fetch, readers, ahead):
+    def __init__(self, files, seconds, groups, fetch, ahead):
         self.seconds, self.fetch, self.ahead = seconds, fetch, ahead
         self.groups, self.next = iter(groups), groups[0][0]
         self.ready = {}  # by number, what has been read
         self.failed, self.error = set(), None  # numbers of frames that could not be read
-        self.ended, self.running, self.changed = False, readers, threading.Condition()
-        self.files = [file.moved(), *(file.closed_copy() for _ in range(readers - 1))]
-        for each in self.files:
-            each.one_of_several = True
-        self.threads = [
-            threading.Thread(target=self._work, args=(each,), name="VideoReader", daemon=True)
-            for each in self.files
-        ]
+        self.gpu_failed = False
+        self.files, self.ended, self.running = files, False, len(files)
+        self.changed, self.threads = threading.Condition(), []
+        for file in files:
+            file.one_of_several = True
+            self.threads.append(
+                threading.Thread(target=self._work, args=(file,), name="VideoReader", daemon=True)
+            )
 
     def frames(self):
         """Yields what `fetch` made, in order, up to the first frame that could not be read."""
@@ -191,7 +220,7 @@ class _Readers:
         except ReadingEnded:
             pass
         except BaseException as error:  # one reader meets it again, alone
-            self.error = error
+            self.error, self.gpu_failed = error, self.gpu_failed or file.gpu is not None
             self.failed.add(number)
         with self.changed:
             self.running -= 1

@@ -24,6 +24,7 @@ class VideoSettings:
     do_resize: False where frames that are given have a size that can be used already.
     video_start, video_end: seconds of the part of a file that is taken.
     video_readers: how many threads read a file at most; None for as many as there are cores.
+    video_decoder: "cpu", or "cuda" where NVIDIA's decoder is to help.
     fps_given: whether fps was asked for, and is not a default.
 
     Raises ValueError for a value that is not of its setting's kind, by name.
@@ -44,6 +45,7 @@ class VideoSettings:
     video_start: float | None
     video_end: float | None
     video_readers: int | None
+    video_decoder: str | None
     fps_given: bool
 
     def __post_init__(self):
@@ -93,6 +95,7 @@ SWITCHES = ("do_sample_frames", "do_resize", "do_convert_rgb", "do_rescale", "do
 SWITCHES += ("cap_pixels_per_frame", "return_metadata", "return_mm_token_type_ids")
 SWITCHES += ("progress", "stream")
 SECONDS = ("video_start", "video_end")
+DECODERS = ("cpu", "cuda")
 # The least that a setting may be; a plan says why 0 tokens or pixels are too few.
 LEAST = {"num_frames": 1, "max_frames": 1, "max_pixels": 1, "resized_height": 1, "resized_width": 1}
 LEAST |= {"video_readers": 1}
@@ -112,6 +115,10 @@ def read_setting(name: str, value):
         if not _is_scalar(value) or value not in (0, 1):
             raise ValueError(f"{name} is {value!r}; it must be True or False.")
         return bool(value)
+    if name == "video_decoder":
+        if not isinstance(value, str) or value not in DECODERS:
+            raise ValueError(f"{name} is {value!r}; it must be 'cpu' or 'cuda'.")
+        return value
     number = as_number(value)
     if number is None or not math.isfinite(number):
         raise ValueError(f"{name} is {value!r}; it must be a finite number.")

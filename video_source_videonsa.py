@@ -14,6 +14,7 @@ from .video_plan_videonsa import MAX_FRAME_PIXELS
 
 try:
     import av
+    from av.codec.hwaccel import HWAccel
 except ImportError:  # reading a file says so; frames that are given need no reader
     av = None
 
@@ -56,8 +57,8 @@ class VideoSource:
             raise ValueError(f"{self.name} is empty (0 bytes): {self.convert_hint()}.")
         self.inode = status.st_dev, status.st_ino
 
-    def open(self):
-        """The container, with PyAV."""
+    def open(self, gpu: int | None = None):
+        """The container, with PyAV; decoded by the GPU of this number, if one is given."""
         if av is None:
             raise ImportError(
                 "Reading a video file needs PyAV, which is not installed: pip install av. "
@@ -78,8 +79,14 @@ class VideoSource:
         # FFmpeg decodes a first frame to find out its format. Before PyAV 18, options for that
         # overrun their memory in files whose tracks are found on the way.
         decoder = {"max_pixels": str(MAX_FRAME_PIXELS)} if PYAV >= 18 else {}
+        gpu_decoder = {}
+        if gpu is not None:
+            # Frames stay on the GPU; those that are taken are fetched.
+            kind = {"device": str(gpu), "allow_software_fallback": False, "is_hw_owned": True}
+            gpu_decoder["hwaccel"] = HWAccel("cuda", **kind)
         return av.open(
             place,
+            **gpu_decoder,
             options=decoder,
             container_options={
                 "format_whitelist": FORMATS,

@@ -1,18 +1,21 @@
 """Times reading frames out of a two-hour file on the CPU, and the host memory that it takes.
 
     python benchmarks/video.py
-    python benchmarks/video.py --readers tensor stream --frames 64 768 --runs 3
+    python benchmarks/video.py --readers tensor stream --frames 768 --threads 1 4 16 --b-frames 0 3
 
-The file is made once and kept in the temporary folder: 640 x 360 pixels, h264, 24 frames a second,
-a key frame every 250 (x264's default). From the path to `pixel_values_videos` (252 x 448 pixels a
-frame, 144 tokens for two), every reader gives the same number of frames, evenly spread:
+The files are made once and kept in the temporary folder: 640 x 360 pixels, h264, 24 frames a
+second, a key frame every 240, up to three B-frames (x264's default) or none. From the path to
+`pixel_values_videos` (252 x 448 pixels a frame, 144 tokens for two), every reader gives the same
+number of frames, evenly spread:
 
     tensor      this repository's processor
     stream      the same with stream=True, read 16,384 tokens at a time as the model does
+    cuda        the same as tensor, with NVIDIA's decoder beside the threads
     torchcodec, decord
                 qwen-vl-utils with that decoder, then Qwen2.5-VL's own video processor
 
-Each measurement is a process of its own, so that its peak memory is its own; "beyond imports" is
+--threads are this repository's `video_readers`; the others choose theirs. Each measurement is a
+process of its own, so that its peak memory is its own; "beyond imports" is
 that peak less what the process had when its imports were done. CPU seconds are those of all
 threads: on a machine with other work, compare these. A decoder that is not installed or
 does not run here is left out with its error. torchcodec needs FFmpeg's shared libraries.
@@ -31,6 +34,7 @@ import sys
 import tempfile
 import time
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -39,43 +43,58 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from videonsa import ROOT  # noqa: E402
 
-HEIGHT, WIDTH, RATE, HOURS, KEY_GAP = 360, 640, 24, 2, 250
+HEIGHT, WIDTH, RATE, HOURS, KEY_GAP = 360, 640, 24, 2, 240
 PIECE = 12 * KEY_GAP  # frames that are encoded; the file repeats them
 SIZE = {"resized_height": 252, "resized_width": 448}
 CHUNK = 16384 * 4  # rows: four patches to a token
 READERS = ("tensor", "stream", "torchcodec", "decord")
+ON_A_GPU = ("cuda",)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readers", nargs="+", default=READERS, choices=READERS)
+    parser.add_argument("--readers", nargs="+", default=READERS, choices=READERS + ON_A_GPU)
     parser.add_argument("--frames", type=int, nargs="+", default=[64, 768])
+    parser.add_argument("--threads", type=int, nargs="+", default=[None], help="default: cores")
+    parser.add_argument("--b-frames", type=int, nargs="+", default=[3], choices=[0, 3])
     parser.add_argument("--runs", type=int, default=3, help="of which the median is printed")
     parser.add_argument("--file", help="another file to read")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        return print(json.dumps(measure(args.readers[0], args.file, args.frames[0])))
-    path = args.file or two_hours()
+        return print(
+            json.dumps(measure(args.readers[0], args.threads[0], args.file, args.frames[0]))
+        )
+    paths = [args.file] if args.file else [two_hours(number) for number in args.b_frames]
     names = ("av", "torch", "transformers", "qwen-vl-utils", "torchcodec", "decord")
     print(f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, {versions(names)}")
-    print(f"{path}: {os.path.getsize(path) / 2**20:.0f} MiB\n")
+    for path in paths:
+        print(f"{path}: {os.path.getsize(path) / 2**20:.0f} MiB\n")
+        print_table(path, args)
+
+
+def print_table(path, args):
     print(
         "| reader | frames | seconds | first rows after | CPU seconds | peak MiB | beyond imports |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
+    cases = []
+    for reader in args.readers:
+        cases += [(reader, threads) for threads in (args.threads if reader in OURS else [None])]
     for frames in args.frames:
-        for reader in args.readers:
-            runs = [in_a_process(reader, path, frames) for _ in range(args.runs)]
+        for reader, threads in cases:
+            runs = [in_a_process(reader, threads, path, frames) for _ in range(args.runs)]
+            name = reader if threads is None else f"{reader}, {threads} threads"
             if failed := next((run for run in runs if isinstance(run, str)), None):
-                print(f"| {reader} | {frames} | does not run: {failed} | | | | |", flush=True)
+                print(f"| {name} | {frames} | does not run: {failed} | | | | |", flush=True)
                 continue
             seconds, first, cpu, peak, beyond = map(statistics.median, zip(*runs, strict=True))
             print(
-                f"| {reader} | {frames} | {seconds:.1f} | {first:.1f} | {cpu:.1f} | {peak:,.0f} | "
+                f"| {name} | {frames} | {seconds:.1f} | {first:.1f} | {cpu:.1f} | {peak:,.0f} | "
                 f"{beyond:,.0f} |",
                 flush=True,
             )
+    print()
 
 
 def versions(names):
@@ -88,10 +107,11 @@ def versions(names):
     return ", ".join(found)
 
 
-def two_hours():
-    """The path of the file, which is made if it is not there."""
-    options = {"preset": "veryfast", "g": str(KEY_GAP)}
-    name = f"{HOURS}h-{HEIGHT}p-{RATE}fps"
+def two_hours(b_frames):
+    """The path of the file with so many B-frames, which is made if it is not there."""
+    options = {"preset": "veryfast", "g": str(KEY_GAP), "bf": str(b_frames)}
+    options |= {"keyint_min": str(KEY_GAP), "sc_threshold": "0"}
+    name = f"{HOURS}h-{HEIGHT}p-{RATE}fps-{KEY_GAP}-{b_frames}b"
     return make_file(name, drawn, options, math.ceil(HOURS * 3600 * RATE / PIECE))
 
 
@@ -141,9 +161,10 @@ def drawn():
         yield frame
 
 
-def in_a_process(reader, path, frames):
+def in_a_process(reader, threads, path, frames):
     """What `measure` gives, or the last line of what went wrong."""
     command = [sys.executable, __file__, "--one", "--readers", reader, "--frames", str(frames)]
+    command += [] if threads is None else ["--threads", str(threads)]
     done = subprocess.run(
         [*command, "--file", path],
         capture_output=True,
@@ -155,9 +176,9 @@ def in_a_process(reader, path, frames):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(reader, path, frames):
+def measure(reader, threads, path, frames):
     """Seconds for all rows, for the first, of CPU time; MiB at the peak, and since the imports."""
-    read = OURS[reader]() if reader in OURS else qwens()
+    read = OURS[reader](threads) if reader in OURS else qwens()
     before, cpu, start, rows = peak_mib(), time.process_time(), time.monotonic(), 0
     for first in read(path, frames):
         if not rows:
@@ -174,15 +195,15 @@ def peak_mib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def ours(stream):
+def ours(stream, decoder, threads):
     from transformers import AutoVideoProcessor
 
     processor = AutoVideoProcessor.from_pretrained(ROOT, trust_remote_code=True)
 
     def read(path, frames):
-        out = processor(
-            videos=[path], num_frames=frames, **SIZE, stream=stream, return_tensors="pt"
-        )
+        settings = {"num_frames": frames, **SIZE}
+        settings |= {"video_readers": threads, "video_decoder": decoder}
+        out = processor(videos=[path], **settings, stream=stream, return_tensors="pt")
         pixels = out["pixel_values_videos"]
         for start in range(0, len(pixels), CHUNK):
             yield pixels[start : start + CHUNK]
@@ -204,7 +225,11 @@ def qwens():
     return read
 
 
-OURS = {"tensor": lambda: ours(stream=False), "stream": lambda: ours(stream=True)}
+OURS = {
+    "tensor": partial(ours, False, "cpu"),
+    "stream": partial(ours, True, "cpu"),
+    "cuda": partial(ours, False, "cuda"),
+}
 
 
 if __name__ == "__main__":

@@ -318,6 +318,97 @@ def test_another_file_under_the_same_name_is_not_read(keyed, tmp_path, caplog):
     assert "fewer than 3 readers read it (ValueError('replaced.mp4 is another file" in caplog.text
 
 
+def test_what_the_gpu_does_not_read_the_cpu_reads(keyed, caplog, monkeypatch):
+    """Readers on a GPU that fail in the middle, stood in for by readers on the CPU."""
+    open_file, threads = VideoFile._open, set()
+
+    def open_on_the_cpu(file):
+        gpu, file.gpu = file.gpu, None
+        open_file(file)
+        file.gpu = gpu
+
+    def failing(file, frame):
+        if file.gpu is not None and frame.time > 20:
+            raise av.FFmpegError(1, "out of memory")
+        threads.add(threading.current_thread().name)
+        return fetch(file, frame)
+
+    monkeypatch.setattr(VideoFile, "_open", open_on_the_cpu)
+    logging.warning_once.cache_clear()
+    for readers in (0, 1, 3):
+        with VideoFile(str(keyed)) as file:
+            items = list(read_frames(file, seconds_of(60), failing, readers, gpu=0))
+        assert [round(time) for time, _ in items] == list(range(60))
+    assert set(caplog.messages) == {
+        "keyed.mp4: the GPU's decoder did not read it, the CPU did "
+        "(FFmpegError(1, 'out of memory'))."
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu(keyed, processor, caplog):
+    with pytest.raises(ValueError, match="video_decoder is 'cuda', but CUDA cannot be used here"):
+        processor.video_processor([str(keyed)], video_decoder="cuda")
+    with pytest.raises(ValueError, match="video_decoder is 'gpu'; it must be 'cpu' or 'cuda'"):
+        processor.video_processor([str(keyed)], video_decoder="gpu")
+    logging.warning_once.cache_clear()
+    with VideoFile(str(keyed)) as file:
+        assert len(list(read_frames(file, seconds_of(60), fetch, 2, gpu=0))) == 60
+    assert "keyed.mp4: the GPU's decoder did not read it, the CPU did (" in caplog.text
+
+
+ON_A_GPU = {
+    "b.mp4": {"options": {"g": "48", "bf": "3", "b_strategy": "0"}},
+    "plain.mkv": {"options": {"g": "48", "bf": "0"}},
+    "open.mkv": {"options": {"g": "48", "bf": "3", "x264-params": "open-gop=1"}},
+    "full.mp4": {"options": {"g": "48"}, "pixels": "yuvj420p"},
+    "hd.mp4": {"options": {"g": "48"}, "context": {"colorspace": 1, "color_range": 1}},
+    "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "log-level=none:keyint=48"}},
+    "ten.mp4": {
+        "codec": "libx265",
+        "pixels": "yuv420p10le",
+        "options": {"x265-params": "log-level=none:keyint=48"},
+    },
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "48", "cpu-used": "8"}},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_the_gpu_gives_the_pixels_of_the_cpu(folder, caplog, name):
+    path = clips.write_clip(folder / f"gpu_{name}", 300, 240, 426, **ON_A_GPU[name])
+    kinds = set()
+
+    def noting(file, frame):
+        kinds.add(frame.format.name)
+        return fetch(file, frame)
+
+    for count in (23, 100):
+        wanted, end, _ = read(path, count, every_frame, caplog)
+        for readers in (0, 2):
+            items, again, notices = read(
+                path, count, lambda f, s, n=readers: read_frames(f, s, noting, n, gpu=0), caplog
+            )
+            assert again == end and not notices
+            assert [time for time, _ in items] == [time for time, _ in wanted]
+            for (time, one), (_, other) in zip(items, wanted, strict=True):
+                assert torch.equal(one, other), (time, readers)
+    assert "cuda" in kinds
+
+
+@pytest.mark.gpu
+def test_what_the_gpu_cannot_decode(folder, caplog):
+    """H.264 of ten bits: the CPU decodes it, and that is said once."""
+    path = clips.write_clip(
+        folder / "hi10.mp4", 300, 240, 426, pixels="yuv420p10le", options={"g": "48"}
+    )
+    wanted, _, _ = read(path, 40, every_frame, caplog)
+    items, end, notices = read(path, 40, lambda f, s: read_frames(f, s, fetch, 2, 0), caplog)
+    assert end is None and len(notices) == 1 and "the GPU's decoder did not read it" in notices[0]
+    for (_, one), (_, other) in zip(items, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.fixture(scope="module")
 def processor():
     return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
@@ -329,7 +420,7 @@ def readers_of(processor, monkeypatch):
     loaded = sys.modules[type(processor).__module__].PlannedFile.read.__globals__
     seen, read_frames = [], loaded["read_frames"]
     monkeypatch.setitem(
-        loaded, "read_frames", lambda *args: seen.append(args[-1]) or read_frames(*args)
+        loaded, "read_frames", lambda *args: seen.append(args[3]) or read_frames(*args)
     )
     monkeypatch.setitem(read_frames.__globals__, "GROUP_FRAMES", 1)
     return seen
