@@ -86,6 +86,11 @@ def refuse_together(model_args, args):
             f"--output_dir is {args.output_dir}, the folder of the model itself, which the result "
             "would replace. Name another folder."
         )
+    if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists():
+        raise ValueError(
+            f"{model} is an adapter: go on with it by --resume_from_checkpoint, or train "
+            "from a whole checkpoint, which --merge_lora makes."
+        )
     if Path(model).is_dir() and revision != "main":
         raise ValueError(f"--model_revision {revision} is of a model on the Hub, {model} a folder.")
     for part in ("gates", "merger", "vision"):

@@ -168,7 +168,8 @@ def find_checkpoint(wanted: str | None, output_dir: str) -> Path | None:
 def check_keys(model, checkpoint: Path):
     """Raises ValueError unless a checkpoint has exactly the weights that the model would resume.
 
-    The Trainer would go on without those that are missing. Weights in shards of FSDP or DeepSpeed
+    The Trainer would go on without those that are missing, and count an adapter of another alpha
+    for more or less than it was trained to. Weights in shards of FSDP or DeepSpeed
     are compared when they are loaded.
     """
     adapter, is_adapter = checkpoint / ADAPTER_WEIGHTS, hasattr(model, "peft_config")
@@ -183,6 +184,14 @@ def check_keys(model, checkpoint: Path):
     if adapter.exists():
         import peft
 
+        made_with = json.loads((checkpoint / "adapter_config.json").read_text())
+        for name, flag in (("r", "lora_r"), ("lora_alpha", "lora_alpha")):
+            given = getattr(model.peft_config["default"], name)
+            if made_with[name] != given:
+                raise ValueError(
+                    f"{checkpoint} was trained with --{flag} {made_with[name]:g}, and this run has "
+                    f"{given:g}. Resume with the settings that it was made with."
+                )
         own, saved = set(peft.get_peft_model_state_dict(model)), _keys(adapter)
     elif index.exists():
         own, saved = set(model.state_dict()), set(json.loads(index.read_text())["weight_map"])

@@ -381,6 +381,12 @@ def test_settings_that_contradict_are_refused(folder, tmp_path, settings, words)
         run(folder / "clips.jsonl", settings.pop("output_dir", tmp_path), **settings)
 
 
+def test_an_adapter_is_no_model_to_train_from(folder, tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="is an adapter: go on .* --merge_lora"):
+        run(folder / "clips.jsonl", tmp_path / "out", model_name_or_path=tmp_path)
+
+
 # Flags of the Trainer that do what its documentation says, as far as they were looked through.
 TAKEN = """
     accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1

@@ -57,6 +57,12 @@ def test_resuming_from_other_weights_is_an_error(folder, tmp_path):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "lora_r": 2}
     checkpoint = tmp_path / "checkpoint-1"
     run(folder / "clips.jsonl", tmp_path, **settings)
+    for flag, value in (("lora_alpha", 32), ("lora_r", 4)):
+        with pytest.raises(
+            ValueError, match=f"trained with --{flag} [24], and this run has {value}"
+        ):
+            run(folder / "clips.jsonl", tmp_path, **{**settings, "lora_alpha": 4, flag: value},
+                resume_from_checkpoint=checkpoint)  # fmt: skip
     modules = "q_proj,k_proj,v_proj,o_proj,up_proj"
     with pytest.raises(ValueError, match="the checkpoint lacks 8 weights .* has 0 others"):
         run(folder / "clips.jsonl", tmp_path, **settings, lora_modules=modules,
