@@ -27,6 +27,7 @@ ONCE = threading.Lock()  # two threads that warn at the same time would do it tw
 MATRICES = {1: 1, 4: 4, 7: 7, 9: 9, 10: 9}
 BT601, LIMITED_RANGE, FULL_RANGE = 5, 1, 2
 INTRA = 1  # AVPictureType
+JPEG = b"\xff\xd8"  # begins a picture
 HIGH_DYNAMIC_RANGE = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 WIDE_GAMUT = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}  # AVColorPrimaries
 
@@ -113,6 +114,8 @@ class VideoFile:
         self.key_gap, self.joined, self.at_joins, self._times = math.inf, False, [], None
         self._open()
         kind = self.container.format
+        if kind.name in ("mjpeg", "mpjpeg"):
+            self._check_pictures()
         self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
         self.tick = float(self.stream.time_base)
         # A frame at every tick: of a DV file FFmpeg says 60,000 a second.
@@ -146,6 +149,20 @@ class VideoFile:
         elif not self.stamped:
             self._say_in_order("its frames have no time stamps")
         self._measure()
+
+    def _check_pictures(self):
+        """Of JPEG pictures one after the other, which FFmpeg sees in any file that holds some."""
+        first = next(self._packets(self.stream), None)
+        if first is None or not bytes(first).startswith(JPEG):
+            raise ValueError(
+                f"{self.name} is no video, but holds pictures, as a PDF or an archive does: give "
+                "them as images."
+            )
+        logger.warning_once(
+            f"{self.name}: it does not say how fast its pictures follow each other; taking them "
+            f"for {float(self.stream.guessed_rate or 25):g} a second."
+        )
+        self._open()
 
     def _set_shape(self, first):
         self.orientation = orientation_of(first, self.name)
@@ -581,6 +598,8 @@ class VideoFile:
             raise self._error(f"cannot be opened as a video ({reason})") from error
         cover = av.stream.Disposition.attached_pic
         pictures = [s for s in self.container.streams.video if not s.disposition & cover]
+        # An animated AVIF file has its first picture as a track of its own.
+        pictures = [s for s in pictures if s.frames != 1] or pictures
         if not pictures:
             tracks = sorted({stream.type for stream in self.container.streams}) or ["none"]
             raise self._error(f"has no picture track (tracks: {', '.join(tracks)})")

@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image, features
 from transformers import AutoProcessor
 from transformers.utils import logging
 from videonsa.video_plan_videonsa import plan_video
@@ -567,6 +568,16 @@ def test_the_default_picture_track_is_taken(processor, folder, suffix, defaults,
     assert [clips.number_in(frame) for frame in frames] == [20 * taken + n for n in (0, 5, 10, 15)]
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_an_animated_avif_is_not_its_first_picture(processor, folder):
+    path = folder / "moving.avif"
+    first, *rest = (Image.fromarray(clips.frame_image(n, 96, 160)) for n in range(30))
+    first.save(path, save_all=True, append_images=rest, duration=100)
+    for video in (path, path.read_bytes()):
+        frames, metadata, _ = read(processor, video, fps=2)
+        assert check(frames, metadata, TENTHS, 3) == [0, 5, 10, 15, 20, 25]
+
+
 LONG = 500
 FORMATS = {
     "h264.mp4": {"options": {"g": "50", "bf": "3"}},
@@ -813,6 +824,27 @@ def test_no_other_file_is_opened(processor, folder, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", ["paper.pdf", "album.zip", "shard.tar", "clip.mp4"])
+def test_a_document_with_pictures_is_no_video(processor, folder, name):
+    """FFmpeg takes whatever holds JPEG pictures for a video of them."""
+    pictures = []
+    for n in range(4):
+        Image.fromarray(clips.frame_image(n, 96, 160)).save(file := io.BytesIO(), "JPEG")
+        pictures.append(file.getvalue().ljust(4000, b"\0"))
+    path = folder / name
+    path.write_bytes(b"%PDF-1.4 PK\3\4 ustar\0" + b"".join(pictures))
+    for video in (path, path.read_bytes()):
+        with pytest.raises(ValueError, match="is no video, but holds pictures, as a PDF or an"):
+            read(processor, video)
+
+
+def test_pictures_one_after_the_other_without_a_rate(processor, folder, caplog):
+    path = clips.write_clip(folder / "bare.mjpeg", 50, codec="mjpeg", pixels="yuvj420p")
+    frames, *_ = read(processor, path, fps=2.5)
+    assert [clips.number_in(frame) for frame in frames] == [0, 12, 25, 37]
+    assert "does not say how fast its pictures follow each other; taking them for 25" in caplog.text
+
+
 def test_a_pipe_does_not_hang(processor, folder):
     os.mkfifo(folder / "pipe.mp4")
     with pytest.raises(ValueError, match=r"pipe\.mp4 is a pipe or a device"):
