@@ -14,6 +14,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     apply_rotary_pos_emb,
 )
 from videonsa import modeling_videonsa as modeling
+from videonsa.media_features_videonsa import PlacedFeatures
 from videonsa.nsa_reference import nsa_attention
 from videonsa.packing_videonsa import make_plan, packed_samples
 from videonsa.positions_videonsa import positions_of_new_tokens, state_of
@@ -360,6 +361,35 @@ def test_samples_of_a_packed_row_count_from_zero():
     assert packed_samples(None, positions).tolist() == [[0, 1, 1, 1, 2, 2]]
     assert packed_samples(torch.ones(1, 6), positions) is None
     assert packed_samples(None, positions[1:]) is None
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_prompt_is_read_in_chunks_without_waiting_for_the_device(prompts, rows, monkeypatch):
+    """Of the "meta" device nothing can be read; what the loop has to know it knows before."""
+    batch = [prompts.row(3, ("video", 24 - 5 * n, 2, 4), 5) for n in range(rows)]
+    inputs, cpu, model = prompts.batch(*batch), make_model().model, make_model().to("meta").model
+    ids, chunks = inputs["input_ids"], []
+
+    def take_media(*args):
+        for placeholders, before, features in modeling_take_media(cpu, ids, None, dict(inputs)):
+            features.encode, features.device = model.get_video_features, "meta"
+            yield PlacedFeatures(placeholders.to("meta"), before, features)
+
+    def attend(self, hidden_states, nsa_plan, **kwargs):
+        chunks.append(nsa_plan)
+        return torch.empty_like(hidden_states), None
+
+    modeling_take_media = modeling.take_media
+    monkeypatch.setattr(modeling, "take_media", lambda *args: list(take_media(*args)))
+    monkeypatch.setattr(modeling.VideoNSAAttention, "forward", attend)
+    mask = inputs["attention_mask"]
+    with torch.no_grad():
+        outputs = model._forward_in_chunks(
+            16, 0, ids == VIDEO, mask.bool(), ids.to("meta"), attention_mask=mask.to("meta"),
+            position_ids=torch.zeros(3, *ids.shape, device="meta"), past_key_values=DynamicCache(),
+        )  # fmt: skip
+    assert outputs.last_hidden_state.is_meta and len(chunks) > 20
+    assert all(plan is None or plan.cu_all_keys.is_meta for plan in chunks)
 
 
 # Positions
