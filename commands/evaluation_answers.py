@@ -29,10 +29,12 @@ _SINGLE = re.compile(_ONE)
 # Letters that are named together: "A or B", "A, B and C", "A/B", "A. Or maybe B", "A to B".
 _TOGETHER = _any(
     "and/or, and, and then, or, nor, to, plus, along with, together with, as well as",
+    "alternatively",
     "but (?:also|equally|maybe|perhaps|possibly|(?:it )?(?:could|might|may) be)",
 )
 _JOIN = (
-    rf"(?:\s*[,/&+]\s*|\s*,?\s+{_TOGETHER}\s+|\s*[.?!]+\s+{_any('or, maybe, perhaps, possibly')}\s+"
+    rf"(?:\s*[,/&+–]\s*|\s*[,;]?\s+\(?{_TOGETHER}\s+"
+    rf"|\s*[.?!]+\s+{_any('or, maybe, perhaps, possibly')}\s+"
     rf"|\s*[和或、]\s*|(?<![)\]])\s+(?![(\[]))"
     rf"(?:{_any('maybe, perhaps, possibly, else, even, also')}\s+)?"
 )
@@ -115,8 +117,9 @@ _DENYING = _any(
 _REJECTED = re.compile(
     r"\s*(?:,\s*)?(?:(?:is|was|does|did|has|are|were|can|could|would)(?:n'?t|'t|\s+not|\s+never)\b"
     rf"|(?:is|are|was|were|seems?|looks?)\s+(?:an?\s+)?(?:\w+ly\s+)?{_DENYING}\b"
-    rf"|[:(-]\s*(?:\w+ly\s+)?{_DENYING}\b|[:-]\s*(?:not|no)\b|,?\s*{_HEDGED}\b(?!\s+only))"
-    r"|\s*(?:选项|答案|是|并|也|都)*(?:不|错|有误)",
+    rf"|[:(,=-]\s*(?:\w+ly\s+)?{_DENYING}\b|[:-]\s*(?:not|no)\b|[(,]\s*no\b(?!\s+doubt)"
+    rf"|,?\s*{_HEDGED}\b(?!\s+only)|[✗✘❌])"
+    r"|\s*(?:选项|答案|是|并|也|都)*(?:不|错|有误)|\s*(?:では(?:ありません|ない)|じゃない|[가이]\s*아[니닙])",
     re.IGNORECASE,
 )
 # What is not said but asked, supposed or doubted: "Is it A?", "if the answer is A", "maybe A", "I
@@ -128,9 +131,39 @@ _SUPPOSED = re.compile(
     rf"|\b{_any('false, untrue, wrong, mistake, error, not true')}\s+{_any('to, that')}\b"
     rf"|\b{_HEDGED}\b(?!\s+only)|(?:^|[.?!\n]\s*)is (?:it|this|that|the answer)\b)"
     r"[^.,:;?!\n]{0,60}$"
-    rf"|\b{_any('says, said, reads, spells, written')}\b[\s:,]*$|(?:^|[.?!\n]\s*)the letter\s+$",
+    rf"|\b{_any('says, said, reads, spells, written, asks')}\b[^.,;?!\n]{{0,40}}$"
+    r"|\bshows?\b[\s:,(]*$|[✗✘❌]\s*$|(?:^|[.?!\n]\s*)the letter\s+$"
+    rf"|\b{_any('some, people, many, others, one')}\b[^.,;:?!\n]{{0,20}}"
+    rf"\b{_any('say, think, argue, choose, pick')}\b[^.,;?!\n]{{0,40}}$"
+    r"|\b(?:let'?s say|(?:as good|as well) as|(?:equal|similar|close) to|something like)\s*$"
+    r"|\beither\b[^.,;:?!\n]{0,60}$|(?:^|[.?!\n]\s*)were\b[^.,;:?!\n]{0,40}$"
+    r"|(?:^|[.?!\n]\s*)(?:if (?!i had to|i must)|had )[^.?!\n]{0,80}\bwould\b[^.,;:?!\n]{0,30}$",
     re.I,
 )
+# What leaves a letter open that is named before it: "A?", "A, or", "A (maybe B)".
+_LEFT_OPEN = re.compile(
+    rf"[\s,(]*(?:\?|{_any('or, maybe, perhaps, possibly, alternatively, otherwise')}\b"
+    r"|if (?:not|anything)\b|and so on\b|at first\b)|[.!]\s*or\b|[^.,;:!?\n]*\?",
+    re.I,
+)
+# Words that speak against an option wherever they stand in its clause, or after it in there.
+_CLAUSE = re.compile(
+    r"[.,;:!?()\n]|\s[-–—]\s"
+    r"|\b(?:and|but|so|therefore|thus|hence|because|since|as|while|though|although|than)\b",
+    re.I,
+)
+_AGAINST = re.compile(
+    r"\b(?:least|worst|worse|opposite|wrong|incorrect|bad|poor|refuse|impossible|hard to"
+    r"|difficult to|hesitate|disagree|rarely|seldom|distractor|trap|mistake|leav(?:es|ing) out"
+    r"|(?:another|previous) question)\b",
+    re.I,
+)
+_AGAINST_AFTER = re.compile(
+    r"\b(?:less|too|badly|poorly|not(?! [A-Z]\b)|exclude|eliminate|reject|if|unless"
+    r"|in part|at first)\b|n't\b|\bonly (?:in|at|for|when)\b|\bhalf\b"
+)
+# "A describes a dog, but ...": such a verb says what an option is, and the rest may deny it.
+_DENIED_LATER = re.compile(rf"\s+{_FITS}[^.;\n]*\b(?:but|which is not|not shown|not seen)\b", re.I)
 
 # What leads to the option that is meant, "the right choice is", "Answer:", "so", or confirms it.
 _CUE = (
@@ -184,6 +217,8 @@ def read_answer(text: str, options: dict[str, str]) -> str | None:
         letters = {match[1].upper()}
     else:
         letters = _meant(text, words, set(options))
+    if match := re.fullmatch(r"([A-Z]):\s*\(?([A-Z])\)?\W*", text):  # "A" may be the answer's sign
+        letters = {*match.groups()}
     letter = letters.pop() if len(letters) == 1 else None
     return letter if letter in options else None
 
@@ -248,9 +283,13 @@ def _mentions(text):
         bracketed = group[0][-1] in ")]"
         marked = bracketed or bool(re.match(r"[.:]\s", after))
         # "A?" is asked; "A or", of which the rest is missing or no letter, is left open.
-        is_open = re.match(r"\s*\?|\s+or\b", after) or _SUPPOSED.search(before)
+        is_open = _LEFT_OPEN.match(after) or _SUPPOSED.search(before) or _DENIED_LATER.match(after)
         follows = bracketed or _AFTER.match(after)
         if is_open or not follows or _REJECTED.match(after) or _NEGATED.search(before):
+            continue
+        # What follows a bracket may be the option's own words.
+        own, rest = _CLAUSE.split(before)[-1], "" if bracketed else _CLAUSE.split(after)[0]
+        if _AGAINST.search(own + rest) or _AGAINST_AFTER.search(rest):
             continue
         if marked or _BEFORE.search(before):
             letters = frozenset(one[1] for one in _SINGLE.finditer(group[0]))
