@@ -73,6 +73,7 @@ class Recorder:
                 self.recording = _Recording(self.model, inputs_embeds, attention_mask, cache)
             except (RuntimeError, ValueError) as error:
                 self.refused = True
+                _free_generator(inputs_embeds.device)
                 logger.warning_once(
                     f"Decoding could not be recorded ({error}). Each token runs through the layers "
                     "one by one, which gives the same and takes longer."
@@ -176,6 +177,12 @@ def run_step(
         use_cache=False,
         decode_step=step,
     ).last_hidden_state
+
+
+def _free_generator(device):
+    """Let a GPU draw random numbers again: a recording that failed keeps its generator's state."""
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _can_record(language_model):

@@ -260,3 +260,4 @@ def test_what_cannot_be_captured_is_said_and_runs_as_ever(recorded, monkeypatch,
 
     monkeypatch.setattr(mlp, "forward", waiting)
     assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+    model.generate(**inputs, **GREEDY | WAYS["sampled"])  # the GPU draws random numbers as ever
