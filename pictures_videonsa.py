@@ -56,6 +56,11 @@ class ImagePart:
     def load(self, image_processor):
         """The picture, or the array that was given, in the size that was asked for."""
         picture = load_image_or_array(self.source)
+        if getattr(picture, "ndim", 3) > 3:
+            raise ValueError(
+                f"An image of a message is [height, width, channels], not {list(picture.shape)}: "
+                "give each in a part of its own."
+            )
         if not self.settings:
             return picture
         if not isinstance(picture, Image.Image):
@@ -136,6 +141,11 @@ def load_picture(source) -> Image.Image:
             f"{name} holds {picture.n_frames} pictures, of which an image is the first; give it as "
             "a video for all of them."
         )
+    elif picture is not source and picture.format == "TIFF" and picture.n_frames > 1:
+        logger.warning_once(
+            f"{name} holds {picture.n_frames} pages, of which an image is the first; give each as "
+            "an image of its own for all of them."
+        )
     try:
         return ImageOps.exif_transpose(picture).convert("RGB")
     except Exception as error:  # Pillow raises many kinds for a damaged file
@@ -145,7 +155,13 @@ def load_picture(source) -> Image.Image:
 def load_image_or_array(source):
     """A picture from any source, or an array or tensor as `checked_array` has it."""
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return checked_array(as_tensor(source), "Images")
+        array = as_tensor(source)
+        if array.ndim not in (2, 3, 4) or not array.numel():
+            raise ValueError(
+                f"An image is [height, width, channels], or several in one array, not "
+                f"{list(array.shape)}; give the bytes of a file as bytes."
+            )
+        return checked_array(array, "Images")
     return load_picture(source)
 
 
@@ -167,6 +183,10 @@ def checked_array(array: torch.Tensor, what: str) -> torch.Tensor:
             )
     if array.ndim < 3:
         return array
+    if not {1, 3, 4} & {array.shape[-1], array.shape[-3]}:
+        raise ValueError(
+            f"{what} have 1, 3 or 4 channels, first or last; these are {list(array.shape)}."
+        )
     kind = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
     return array[..., :3] if kind == ChannelDimension.LAST else array[..., :3, :, :]
 
@@ -188,23 +208,23 @@ def playable(source):
     """A path, address or bytes as FFmpeg reads it: an animated WebP becomes an animated PNG."""
     if is_address(source) or not is_picture(source):
         return source
-    picture = open_picture(source)
-    if picture.format != "WEBP" or not is_animated(picture):
-        return source
     frames, lasting, file = [], [], io.BytesIO()
-    for number in range(picture.n_frames):
-        picture.seek(number)
-        frames.append(picture.convert("RGB"))
-        lasting.append(picture.info["duration"])
+    with open_picture(source) as picture:
+        if picture.format != "WEBP" or not is_animated(picture):
+            return source
+        for number in range(picture.n_frames):
+            picture.seek(number)
+            frames.append(picture.convert("RGB"))
+            lasting.append(picture.info["duration"])
     options = {"save_all": True, "append_images": frames[1:], "duration": lasting}
     frames[0].save(file, "PNG", compress_level=1, **options)
     return file.getvalue()
 
 
 def as_tensor(array) -> torch.Tensor:
-    """An array or tensor as a tensor; a view that runs backwards is copied."""
+    """An array or tensor as a tensor; a view that runs backwards or of foreign bytes is copied."""
     if isinstance(array, np.ndarray):
-        array = np.ascontiguousarray(array)
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
     return torch.as_tensor(array)
 
 

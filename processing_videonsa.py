@@ -376,6 +376,14 @@ def _read_settings(given):
     return {name: value for name, value in given.items() if name not in left_out}
 
 
+def _read_asked(given):
+    """`_read_settings` of what a user gives, where a setting that is None is not asked."""
+    read = _read_settings(given)
+    return {
+        name: value for name, value in read.items() if value is not None or name not in SETTINGS
+    }
+
+
 def _refuse_metadata(metadata, name):
     if metadata:
         raise ValueError(
@@ -508,7 +516,7 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         nested = {key: kwargs[key] for key in ("images_kwargs", "videos_kwargs") if kwargs.get(key)}
         for given in (kwargs, *nested.values()):
             refuse_typos(given.keys() - library, SETTINGS, "a video")
-        kwargs = _read_settings({**kwargs, **{k: _read_settings(v) for k, v in nested.items()}})
+        kwargs = _read_asked({**kwargs, **{k: _read_asked(v) for k, v in nested.items()}})
         for given in (kwargs, kwargs.get("videos_kwargs") or {}):
             if given.get("return_metadata") is False:  # Qwen2.5-VL's needs them, and has a default
                 del given["return_metadata"]

@@ -230,4 +230,15 @@ def resolve_settings(message: dict, call: dict, defaults: dict) -> VideoSettings
         least, most = getattr(settings, low), getattr(settings, high)
         if low in {*call, *message} and least > most:
             logger.warning_once(f"{low} is {least:,}, more than {high}, {most:,}, which holds.")
+    if (count := settings.num_frames) is not None:
+        passed = {
+            "min_frames": count < settings.min_frames,
+            "max_frames": count > settings.max_frames,
+        }
+        for name in passed:
+            if passed[name] and name in {*call, *message}:
+                logger.warning_once(
+                    f"{name} is {getattr(settings, name):,} and num_frames {count:,}, which holds: "
+                    f"{name} bounds what a rate gives."
+                )
     return settings

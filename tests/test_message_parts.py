@@ -605,6 +605,9 @@ def test_pictures_that_cannot_be_read(processor, folder, tmp_path, caplog):
     frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:], duration=500)
     take(processor, message({"type": "image", "image": str(tmp_path / "moving.png")}))
     assert "holds 3 pictures, of which an image is the first" in caplog.text
+    frames[0].save(tmp_path / "scan.tiff", save_all=True, append_images=frames[1:])
+    take(processor, message({"type": "image", "image": str(tmp_path / "scan.tiff")}))
+    assert "holds 3 pages, of which an image is the first" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["webp", "gif", "png"])

@@ -273,6 +273,32 @@ def test_channels_last_arrays_of_four_frames(processor, kind):
         assert torch.equal(first[key], last[key])
 
 
+@pytest.mark.parametrize("dtype", [">i2", ">f4", ">u8"])
+def test_arrays_of_foreign_byte_order(processor, dtype):
+    frames = painted(4).astype(dtype)
+    out = take(processor, message({"type": "video", "video": frames}))
+    assert numbers(processor, out) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("order", [(3, 0, 1, 2), (1, 2, 3, 0)], ids=str)
+def test_axes_in_another_order_are_refused(processor, order):
+    frames = painted(8).transpose(order)
+    with pytest.raises(ValueError, match=r"^Frames have 1, 3 or 4 channels, first or last; these"):
+        take(processor, message({"type": "video", "video": frames}))
+
+
+@pytest.mark.parametrize("shape", [(50,), (0, 4, 3), (1, 1, 56, 56, 3), (56, 56, 2)], ids=str)
+def test_what_is_no_array_of_an_image_is_refused(processor, shape):
+    image = np.zeros(shape, np.uint8)
+    for given in (image, [image]):
+        with pytest.raises(
+            ValueError, match=r"^(An image is \[height, width|Images have 1, 3 or 4)"
+        ):
+            processor(text="<|image_pad|>", images=given, return_tensors="pt")
+    with pytest.raises(ValueError, match=r"^An image of a message is \[height, width, channels\]"):
+        take(processor, message({"type": "image", "image": np.zeros((2, 56, 56, 3), np.uint8)}))
+
+
 def take_text(processor, videos=1):
     parts = [{"type": "video"} for _ in range(videos)]
     return processor.apply_chat_template(message(*parts), add_generation_prompt=True)

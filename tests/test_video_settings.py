@@ -262,3 +262,22 @@ def test_a_bool_is_no_number_in_any_type(processor, clip):
     for value in (True, np.True_, np.array(True), torch.tensor(True)):
         with pytest.raises(ValueError, match="^fps is .*; it must be a finite number"):
             take(processor, message(clip, fps=value))
+
+
+@pytest.mark.parametrize("name", sorted(set(NUMBERS) - {"fps", "video_readers"}))
+def test_none_in_a_call_is_not_asked(processor, clip, name):
+    assert take(processor, message(clip), **{name: None}) == take(processor, message(clip))
+    assert take(processor, message(clip), videos_kwargs={name: None}) == [5, 6, 10]
+
+
+def test_bounds_of_a_rate_that_a_number_of_frames_passes_are_said(processor, clip, caplog):
+    logging.warning_once.cache_clear()
+    assert take(processor, message(clip, num_frames=8), max_frames=4)[0] == 4
+    assert "max_frames is 4 and num_frames 8, which holds: max_frames bounds what" in caplog.text
+    assert take(processor, message(clip, num_frames=2, min_frames=6))[0] == 1
+    assert "min_frames is 6 and num_frames 2, which holds" in caplog.text
+    caplog.clear()
+    logging.warning_once.cache_clear()
+    take(processor, message(clip, num_frames=2))  # less than the default minimum
+    take(processor, message(clip, num_frames=8), max_frames=8)
+    assert not caplog.text
