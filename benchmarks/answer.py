@@ -1,8 +1,7 @@
 """Times a question about a long video, from the path of its file to the last token of the answer.
 
     python benchmarks/answer.py
-    python benchmarks/answer.py --models ours --b_frames 3 --readers 1
-    python benchmarks/answer.py --minutes 10 --frames 64
+    python benchmarks/answer.py --minutes 10 --frames 16 --new_tokens 17
 
 The files are made once and kept in the temporary folder: 640 x 360 pixels, h264, 24 frames a
 second, a key frame every 240, without B-frames or with three in a row. The frames that are taken
@@ -52,11 +51,10 @@ from videonsa import ROOT  # noqa: E402
 from videonsa.video_readers_videonsa import usable_cores  # noqa: E402
 
 KEY_GAP = 240
-PIECE = 2 * KEY_GAP  # frames that are encoded; the file repeats them
+PIECE = 2 * KEY_GAP  # frames that are encoded, which the file repeats
 QUESTION = {"type": "text", "text": "What happens in this video?"}
 PARTS = ("open", "read", "copy", "encode", "prefill", "decode")
 DECODERS = {"torchcodec": "torchcodec.decoders", "decord": "decord"}  # in qwen-vl-utils' order
-PACKAGES = ("torch", "triton", "transformers", "av", "qwen-vl-utils", *DECODERS)
 
 
 def main():
@@ -67,22 +65,23 @@ def main():
     parser.add_argument("--frames", type=int, default=768, help="that are taken of it")
     parser.add_argument("--new_tokens", type=int, nargs="+", default=[17, 500])
     parser.add_argument("--readers", type=int, help="threads that read a file, at most (ours)")
+    parser.add_argument("--decoder", help="as the setting video_decoder: cpu or cuda (ours)")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     decoder = stock_decoder()
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{card}, {usable_cores()} CPU cores, Python {platform.python_version()}, ", end="")
-    print(f"{versions(PACKAGES)}; stock decodes with {decoder or 'load_video and PyAV'}")
+    packages = ("torch", "triton", "transformers", "av", "qwen-vl-utils", *DECODERS)
+    print(f"{versions(packages)}; stock decodes with {decoder or 'load_video and PyAV'}")
     files = {f"{count} B-frames": make_video(args.minutes, count) for count in args.b_frames}
-    for name, path in files.items():
-        print(f"{name}: {path}, {os.path.getsize(path) / 2**20:.0f} MiB")
     columns = ["tokens", *PARTS, "first token", *map("{} tokens".format, args.new_tokens), "GiB"]
     print("", line("", "", columns), line("---", "---", ["---"] * len(columns)), sep="\n")
     for name in args.models:
         model, repeats, warm_up = load(name), args.repeats, args.frames
         processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
         if name == "ours":
-            read = partial(read_ours, processor, readers=args.readers)
+            settings = {"video_readers": args.readers, "video_decoder": args.decoder}
+            read = partial(read_ours, processor, settings)
             ways = {"ours": read, "ours, streamed": partial(read, stream=True)}
         else:
             ways = {"stock": partial(read_stock, stock_processor(processor), decoder=decoder)}
@@ -170,10 +169,10 @@ def now():
     return time.perf_counter()
 
 
-def read_ours(processor, path, frames, seconds, readers=None, stream=False):
+def read_ours(processor, settings, path, frames, seconds, stream=False):
     video = {"type": "video", "video": path, "num_frames": frames, **SIZE}
     with timed(seconds, "open"):
-        messages, _ = processor.plan_videos(messages_with(video), video_readers=readers)
+        messages, _ = processor.plan_videos(messages_with(video), **settings)
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     options |= {"add_generation_prompt": True, "processor_kwargs": {"stream": stream}}
     with timed(seconds, "read"):
@@ -237,12 +236,11 @@ def medians(runs, columns):
     """A cell for each column."""
     if None in runs:
         return ["out of memory", *[""] * (len(columns) - 1)]
-    cells = []
-    for column in columns:
-        values = [run[column] for run in runs if column in run]
-        digits = {"tokens": 0, "GiB": 1}.get(column, 2)
-        cells.append(f"{statistics.median(values):,.{digits}f}" if values else "")
-    return cells
+    middle = {column: statistics.median(run[column] for run in runs) for column in runs[0]}
+    middle = {
+        column: f"{x:.2f}" if column != "tokens" else f"{x:,}" for column, x in middle.items()
+    }
+    return [middle.get(column, "") for column in columns]
 
 
 def line(way, file, cells):
