@@ -159,7 +159,7 @@ _AGAINST = re.compile(
     re.I,
 )
 _AGAINST_AFTER = re.compile(
-    r"\b(?:less|too|badly|poorly|not(?! [A-Z]\b)|exclude|eliminate|reject|if|unless"
+    r"\b(?:less|too|badly|poorly|not(?! [A-Z]\b|\s*$)|exclude|eliminate|reject|if|unless"
     r"|in part|at first)\b|n't\b|\bonly (?:in|at|for|when)\b|\bhalf\b"
 )
 # "A describes a dog, but ...": such a verb says what an option is, and the rest may deny it.
@@ -274,6 +274,12 @@ def _meant(text, words, offered):
     return set().union(*(one.letters for one in mentions)) & offered
 
 
+def _is_spoken_against(before, after):
+    """Whether the clause of an option, which stands between two texts, speaks against it."""
+    own, rest = _CLAUSE.split(before)[-1], _CLAUSE.split(after)[0]
+    return bool(_AGAINST.search(own + rest) or _AGAINST_AFTER.search(rest))
+
+
 def _mentions(text):
     """The `_Mention`s of a text, in order: letters that are named, and not denied or left open."""
     found = []
@@ -288,8 +294,7 @@ def _mentions(text):
         if is_open or not follows or _REJECTED.match(after) or _NEGATED.search(before):
             continue
         # What follows a bracket may be the option's own words.
-        own, rest = _CLAUSE.split(before)[-1], "" if bracketed else _CLAUSE.split(after)[0]
-        if _AGAINST.search(own + rest) or _AGAINST_AFTER.search(rest):
+        if _is_spoken_against(before, "" if bracketed else after):
             continue
         if marked or _BEFORE.search(before):
             letters = frozenset(one[1] for one in _SINGLE.finditer(group[0]))
@@ -402,6 +407,6 @@ def _named(text, words):
             before, after = text[: match.start()], text[match.end() :]
             text = before + " \n " + after
             denied = _NEGATED.search(before) or _REJECTED.match(after)
-            if not (denied or _SUPPOSED.search(before)):
+            if not (denied or _SUPPOSED.search(before) or _is_spoken_against(before, after)):
                 found.add(letter)
     return found

@@ -690,6 +690,9 @@ def test_a_ninth_option_is_not_the_writer():
         ("a dog seems off", None),
         ("red is a poor choice", None),
         ("a dog is seen in the video", "D"),
+        ("The least likely is a dog", None),
+        ("a dog is the only wrong one", None),
+        ("It is hard to say but a dog", "D"),
     ],
 )
 def test_an_options_words_are_as_good_as_its_letter(text, letter):
