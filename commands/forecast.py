@@ -191,7 +191,7 @@ def chunk_bytes(config, prompt, vision_tokens, dtype) -> int:
     layer's attention before its MLP.
     """
     text, vision = config.text_config, config.vision_config
-    tokens = min(prompt, PREFILL_CHUNK_TOKENS)
+    tokens = longest_chunk(prompt)
     mlp = MLP_HIDDEN_ROWS * text.hidden_size + MLP_INTERMEDIATE_ROWS * text.intermediate_size
     mlp *= tokens * dtype.itemsize
     attention = ATTENTION_HIDDEN_ROWS * text.hidden_size * tokens * dtype.itemsize
@@ -207,6 +207,13 @@ def chunk_bytes(config, prompt, vision_tokens, dtype) -> int:
     ) * dtype.itemsize + pixels * (4 + dtype.itemsize)
     patches = min(vision_tokens, VISION_CHUNK_TOKENS) * vision.spatial_merge_size**2
     return max(mlp, attention, patches * patch)
+
+
+def longest_chunk(prompt: int) -> int:
+    """Tokens of the longest chunk of a prompt; a rest of up to an eighth of one joins the last."""
+    rest = prompt % PREFILL_CHUNK_TOKENS
+    joins = rest <= PREFILL_CHUNK_TOKENS // 8
+    return min(prompt, PREFILL_CHUNK_TOKENS + (rest if joins else 0))
 
 
 def _gib(amount):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from videonsa.configuration_videonsa import VideoNSAConfig
-from videonsa.media_features_videonsa import PREFILL_CHUNK_SIZE
+from videonsa.media_features_videonsa import PREFILL_CHUNK_SIZE, chunks_of
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.nsa_kernels_tiles import ALL_HOT_UP_TO, CHUNK_QUERIES
 from videonsa.vision_videonsa import PATCHES_PER_CHUNK
@@ -20,6 +20,7 @@ from commands.forecast import (
     cache_bytes,
     count_parameters,
     forecast,
+    longest_chunk,
 )
 from paths import ROOT
 
@@ -62,6 +63,9 @@ def test_parameters_are_counted_exactly(name):
 def test_chunks_are_those_of_the_model():
     """The forecast keeps copies, because it takes a configuration and loads no model."""
     assert PREFILL_CHUNK_TOKENS == PREFILL_CHUNK_SIZE
+    for length in (1, 16384, 16385, 18432, 18433, 32768, 34816, 34817, 131104):
+        chunks = chunks_of(length, PREFILL_CHUNK_SIZE)
+        assert longest_chunk(length) == max(end - start for start, end in chunks)
     assert (KERNEL_FROM, KERNEL_QUERIES) == (ALL_HOT_UP_TO, CHUNK_QUERIES)
     assert VISION_CHUNK_TOKENS * 2**2 == PATCHES_PER_CHUNK  # merged 2 x 2
 
