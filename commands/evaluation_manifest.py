@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from commands import ROOT
-from commands.evaluation_answers import options_of, read_answer, right_letter
+from commands.evaluation_answers import read_answer
 from commands.evaluation_attention import check
+from commands.evaluation_options import options_of, right_letter
 from nsa_rules import BRANCHES
 
 PACKAGES = (

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from commands.evaluation_answers import options_of, plain, read_answer, right_letter
+from commands.evaluation_answers import plain, read_answer
+from commands.evaluation_options import options_of, right_letter
 
 # W, X, Y and Z stand for letters of options, in every order. These mean X, ...
 MEANS_X = [
