@@ -151,9 +151,9 @@ def _runs_fused(*tensors):
     """Whether the kernels take these tensors."""
     return (
         triton is not None
+        and not torch.compiler.is_compiling()
         and (tensors[0].numel() > MIN_FUSED_NUMEL or _launches_are_recorded.get())
         and all(x.is_cuda and x.dtype in FUSED_DTYPES for x in tensors)
-        and not torch.compiler.is_compiling()
     )
 
 
