@@ -49,7 +49,7 @@ from .planned_video_videonsa import (
     stack_frames,
     with_settings,
 )
-from .video_plan_videonsa import VideoPlan
+from .video_plan_videonsa import VideoPlan, share_tokens
 from .video_reader_videonsa import Remeasure, VideoFile
 from .video_settings_videonsa import (
     ALIASES,
@@ -432,7 +432,7 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         call of this processor or of this method.
 
         max_tokens: what all videos together may take. Where they would take more, each has its
-            share of the budget, in proportion to what it would take.
+            share of the budget, in proportion to what it would take, two frames at least.
         settings: as for a call of the processor.
         """
         max_tokens = read_setting("max_tokens", max_tokens)
@@ -445,7 +445,7 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         ]
         total = sum(video.plan.tokens for video in videos)
         if max_tokens is not None and total > max_tokens:
-            shares = [video.plan.tokens * max_tokens // total for video in videos]
+            shares = share_tokens(max_tokens, [video.plan for video in videos])
             videos = [
                 video.planned_again(replace(video.settings, max_tokens=share))
                 for video, share in zip(videos, shares, strict=True)

@@ -196,3 +196,14 @@ def plan_video(
         frames_reason=frames_reason,
         size_reason=size_reason,
     )
+
+
+def share_tokens(max_tokens: int, plans: list[VideoPlan]) -> list[int]:
+    """Tokens for each of these videos: in proportion to what it would take, two frames at least."""
+    total = sum(plan.tokens for plan in plans)
+    shares = [plan.tokens * max_tokens // total for plan in plans]
+    least = [plan.tokens // math.ceil(plan.frames / 2) for plan in plans]
+    if sum(least) > max_tokens or all(map(int.__ge__, shares, least)):
+        return shares  # those that are too small are refused
+    rest = (max_tokens - sum(least)) / (total - sum(least))
+    return [one + int((plan.tokens - one) * rest) for plan, one in zip(plans, least, strict=True)]

@@ -299,6 +299,21 @@ def test_what_is_no_array_of_an_image_is_refused(processor, shape):
         take(processor, message({"type": "image", "image": np.zeros((2, 56, 56, 3), np.uint8)}))
 
 
+def test_a_short_video_beside_a_long_one_keeps_two_frames(processor, clip, tmp_path):
+    """Its part of the budget in proportion is less than two frames take."""
+    still = str(clips.write_clip(tmp_path / "still.mp4", 2))
+    parts = [{"type": "video", "video": video, "fps": 10.0} for video in (clip, still)]
+    _, whole = processor.plan_videos(message(*parts))
+    step = whole[1].tokens
+    assert whole[0].tokens == 25 * step and whole[1].frames == 2
+    for budget, frames in ((2 * step, 2), (3 * step + 1, 4), (20 * step, 38)):
+        messages, plans = processor.plan_videos(message(*parts), max_tokens=budget)
+        assert [plan.frames for plan in plans] == [frames, 2]
+        assert sum(plan.tokens for plan in plans) <= budget
+    with pytest.raises(ValueError, match="more than the token budget allows"):
+        processor.plan_videos(message(*parts), max_tokens=2 * step - 1)
+
+
 def take_text(processor, videos=1):
     parts = [{"type": "video"} for _ in range(videos)]
     return processor.apply_chat_template(message(*parts), add_generation_prompt=True)
