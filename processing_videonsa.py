@@ -51,6 +51,7 @@ from .planned_video_videonsa import (
 )
 from .video_plan_videonsa import VideoPlan, share_tokens
 from .video_reader_videonsa import Remeasure, VideoFile
+from .video_readers_videonsa import one_thread_beside_readers
 from .video_settings_videonsa import (
     ALIASES,
     SETTINGS,
@@ -197,8 +198,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         readings = map(begin, videos, metadata)
         if self.stream if stream is None else stream:
             return self._stream(list(readings), kwargs)
-        frames, metadata = (list(part) for part in zip(*map(self._finish, readings), strict=True))
-        return self._to_patches(frames, metadata, kwargs)
+        return self._whole(readings, kwargs)
 
     def planned(self, video, metadata, settings):
         """The planned video of a call; of one that was planned before it, the plan is kept."""
@@ -248,27 +248,54 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             )
         yield from frames
 
-    def _finish(self, reading):
-        """(frames, metadata) of a video: uint8 [frames, 3, height, width]."""
+    def _whole(self, readings, kwargs):
+        """The outputs for videos that have begun to be read, their pixels as a tensor."""
+        kind = kwargs.get("return_tensors", self.return_tensors)
+        parts = [self._finish(reading, {**kwargs, "return_tensors": "pt"}) for reading in readings]
+        pixels, grids, metadata = (list(part) for part in zip(*parts, strict=True))
+        data = {
+            "pixel_values_videos": pixels[0] if len(pixels) == 1 else torch.cat(pixels),
+            "video_grid_thw": torch.tensor(grids),
+        }
+        out = BatchFeature(data, tensor_type=kind)
+        if kwargs.get("return_metadata", self.return_metadata):
+            out["video_metadata"] = metadata
+        return out
+
+    def _finish(self, reading, kwargs):
+        """(patches, grid, metadata) of a video; its patches are made while the rest is read."""
         while True:
+            planned, frames = reading.planned, chain(reading.first, reading.rest)
+            entry, pixels, row = planned.metadata(), None, 0
             try:
-                frames = torch.stack([*reading.first, *reading.rest])
+                while group := list(islice(frames, GROUP_STEPS * self.temporal_patch_size)):
+                    out = self._to_patches([torch.stack(group)], [entry], kwargs)
+                    part, (steps, *grid) = (
+                        out["pixel_values_videos"],
+                        out["video_grid_thw"][0].tolist(),
+                    )
+                    if pixels is None:
+                        total = -(-planned.plan.frames // self.temporal_patch_size)
+                        pixels = part.new_empty(len(part) // steps * total, part.shape[1])
+                    pixels[row : row + len(part)] = part
+                    row += len(part)
             except Remeasure:
-                planned = _plan_again(reading.video, reading.planned)
+                planned = _plan_again(reading.video, planned)
                 reading = self._begin(reading.video, planned, progress=False)
                 continue
-            return frames, reading.planned.metadata(reading.times)
+            return pixels, [total, *grid], planned.metadata(reading.times)
 
     def _to_patches(self, frames, metadata, kwargs):
         """The parent's outputs for videos of the right size, [frames, 3, height, width]."""
-        return super().preprocess(
-            frames,
-            video_metadata=metadata,
-            do_sample_frames=False,
-            do_resize=False,
-            input_data_format=ChannelDimension.FIRST,
-            **kwargs,
-        )
+        with one_thread_beside_readers():
+            return super().preprocess(
+                frames,
+                video_metadata=metadata,
+                do_sample_frames=False,
+                do_resize=False,
+                input_data_format=ChannelDimension.FIRST,
+                **kwargs,
+            )
 
     def _stream(self, readings, kwargs):
         """The outputs for videos that have begun to be read, their pixels as a stream."""

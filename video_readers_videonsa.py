@@ -10,6 +10,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from .video_source_videonsa import PYAV
 
 logger = logging.get_logger(__name__)
 
+THREADS = "VideoReader"  # the name of each thread
 # Frames that have to be decoded for a group, at least: a reader more pays from there on.
 GROUP_FRAMES = 64
 # More readers on one GPU do not make its decoder faster.
@@ -149,6 +151,23 @@ def _quota(folder, *names):
     return quota / float(period) if quota > 0 else math.inf
 
 
+@contextmanager
+def one_thread_beside_readers():
+    """PyTorch computes with one thread in here while there are readers, which need the cores.
+
+    A pool of threads that share a computation would wait for the ones that get no core.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or not any(thread.name == THREADS for thread in threading.enumerate()):
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _read_alone(file, seconds, fetch):
     for time, frame in file.frames_at(seconds):
         yield time, fetch(file, frame)
@@ -173,7 +192,7 @@ class _Readers:
         for file in files:
             file.one_of_several = True
             self.threads.append(
-                threading.Thread(target=self._work, args=(file,), name="VideoReader", daemon=True)
+                threading.Thread(target=self._work, args=(file,), name=THREADS, daemon=True)
             )
 
     def frames(self):

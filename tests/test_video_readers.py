@@ -417,13 +417,19 @@ def processor():
 @pytest.fixture
 def readers_of(processor, monkeypatch):
     """The numbers of readers that the processor's videos are read by."""
-    loaded = sys.modules[type(processor).__module__].PlannedFile.read.__globals__
-    seen, read_frames = [], loaded["read_frames"]
-    monkeypatch.setitem(
-        loaded, "read_frames", lambda *args: seen.append(args[3]) or read_frames(*args)
+    planned, readers = loaded(processor, "planned_video"), loaded(processor, "video_readers")
+    seen = []
+    monkeypatch.setattr(
+        planned, "read_frames", lambda *args: seen.append(args[3]) or readers.read_frames(*args)
     )
-    monkeypatch.setitem(read_frames.__globals__, "GROUP_FRAMES", 1)
+    monkeypatch.setattr(readers, "GROUP_FRAMES", 1)
     return seen
+
+
+def loaded(processor, name):
+    """A module of the processor's own, which the loader made."""
+    package = type(processor).__module__.rpartition(".")[0]
+    return sys.modules[f"{package}.{name}_videonsa"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -448,6 +454,42 @@ def test_a_stream_with_readers_ends(processor, keyed, readers_of):
     stream[:60]
     stream.close()
     assert not running()
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_patches_are_made_while_frames_are_read(processor, keyed, readers_of, monkeypatch, readers):
+    monkeypatch.setattr(loaded(processor, "processing"), "GROUP_STEPS", 1)
+    monkeypatch.setattr(loaded(processor, "video_readers"), "AHEAD_BYTES", 1)
+    file, kind = loaded(processor, "video_reader").VideoFile, type(processor.video_processor)
+    done, image, to_patches = [], file.image, kind._to_patches
+    monkeypatch.setattr(file, "image", lambda *args: done.append("frame") or image(*args))
+    monkeypatch.setattr(
+        kind, "_to_patches", lambda *args: done.append("patches") or to_patches(*args)
+    )
+    out = processor.video_processor([str(keyed)], video_readers=readers, num_frames=40)
+    assert out["video_grid_thw"][0][0] == 20
+    assert (done.count("frame"), done.count("patches")) == (40, 20)
+    # Two frames a step, as many as readers that wait, and one in the hands of each.
+    for step in range(20):
+        at = [i for i, what in enumerate(done) if what == "patches"][step]
+        assert done[:at].count("frame") <= 2 * (step + 1) + 2 * readers
+
+
+def test_one_thread_computes_beside_readers():
+    end = threading.Event()
+    reader = threading.Thread(target=end.wait, name=video_readers_videonsa.THREADS)
+    torch.set_num_threads(2)
+    try:
+        with video_readers_videonsa.one_thread_beside_readers():
+            assert torch.get_num_threads() == 2
+        reader.start()
+        with video_readers_videonsa.one_thread_beside_readers():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+        end.set()
+        reader.join()
 
 
 def test_a_process_ends_quietly_with_readers(keyed):
