@@ -15,6 +15,7 @@ Shapes: B batch rows, C the capacity of the cache in tokens, K key/value heads, 
 """
 
 import contextlib
+import threading
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -32,6 +33,10 @@ RECORD_FROM = 3  # the call of one token that is recorded: an answer of a letter
 DEVICES = ("cuda",)
 
 _recorder = ContextVar("recorder", default=None)
+# What a recording leaves to the next one on its GPU: a stream, for which the libraries keep a
+# workspace, and a graph that ended, which keeps the memory of its tensors.
+_streams, _ended = {}, {}
+_one_at_a_time = threading.Lock()
 
 
 class DecodeStep(NamedTuple):
@@ -68,7 +73,7 @@ class Recorder:
         if self.calls < RECORD_FROM or not all(x.has_room(length) for x in cache.layers):
             return None  # where there is no room, this call makes it for the next ones
         if self.recording is None or not self.recording.fits(inputs_embeds, attention_mask, cache):
-            self.recording = None  # before the next is made, so that its memory is free
+            self.end()
             try:
                 self.recording = _Recording(self.model, inputs_embeds, attention_mask, cache)
             except (RuntimeError, ValueError) as error:
@@ -84,15 +89,23 @@ class Recorder:
             layer.show(length)
         return hidden_states
 
+    def end(self):
+        """Drop the recording, and leave its memory to the next one."""
+        if self.recording is not None:
+            _ended[self.recording.length.device] = self.recording.graph
+            self.recording = None
+
 
 @contextlib.contextmanager
 def recording(language_model: torch.nn.Module):
     """Decoding steps of this model are recorded within, in this thread."""
-    token = _recorder.set(Recorder(language_model))
+    recorder = Recorder(language_model)
+    token = _recorder.set(recorder)
     try:
         yield
     finally:
         _recorder.reset(token)
+        recorder.end()
 
 
 def recorder_of(language_model: torch.nn.Module) -> Recorder | None:
@@ -124,16 +137,20 @@ class _Recording:
         device = self.length.device
         self.graph = torch.cuda.CUDAGraph()
         # Not by torch.cuda.graph, which empties the allocator's cache and waits for all streams.
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            self._step(model)  # compiles kernels, and makes what the libraries keep
-            self.graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self.hidden_states = self._step(model)
-            finally:
-                self.graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        with _one_at_a_time, torch.cuda.device(device):
+            if device not in _streams:
+                _streams[device] = torch.cuda.Stream(device)
+            stream, ended = _streams[device], _ended.pop(device, None)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                self._step(model)  # compiles kernels, and makes what the libraries keep
+                pool = None if ended is None else ended.pool()
+                self.graph.capture_begin(pool, capture_error_mode="thread_local")
+                try:
+                    self.hidden_states = self._step(model)
+                finally:
+                    self.graph.capture_end()
+            torch.cuda.current_stream(device).wait_stream(stream)
 
     def fits(self, inputs_embeds, attention_mask, cache):
         """Whether the recorded kernels read these buffers, and take such inputs."""

@@ -149,8 +149,8 @@ def test_recorded_decoding_gives_the_same_tokens(way, device, recorded, monkeypa
     assert recorded["replayed"] >= 9 and recorded["recorded"] == 1
     without_recording(monkeypatch)
     wanted, wanted_logits = answer()
+    assert (logits - wanted_logits).abs().max() <= 3e-4 * wanted_logits.abs().max()
     assert torch.equal(tokens, wanted)
-    torch.testing.assert_close(logits, wanted_logits, **CLOSE)
 
 
 def test_a_recording_goes_on_where_the_cache_grew(device, recorded, monkeypatch):
@@ -261,3 +261,13 @@ def test_what_cannot_be_captured_is_said_and_runs_as_ever(recorded, monkeypatch,
     monkeypatch.setattr(mlp, "forward", waiting)
     assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
     model.generate(**inputs, **GREEDY | WAYS["sampled"])  # the GPU draws random numbers as ever
+
+
+@pytest.mark.gpu
+def test_recordings_keep_no_memory():
+    model, prompts, seen = model_on("cuda"), Prompts(), []
+    inputs = on("cuda", prompts.batch(rows_of(prompts)[2]))
+    for _ in range(4):
+        model.generate(**inputs, **GREEDY)
+        seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert seen[3] == seen[1]
