@@ -9,10 +9,15 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 BACKENDS = ("auto", "triton", "reference")
 MODALITIES = ("image", "video")
-SEMANTICS = ("paper",)
+SEMANTICS = ("paper", "released")
+RELEASED_MASKS = ("reversed", "causal")
+RELEASED_FORCED = ("own", "first_and_last_two")
 TEXT_SIZES = (
     "vocab_size",
     "hidden_size",
@@ -49,7 +54,14 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     nsa_num_local_blocks: blocks that end with the query's own and are always selected.
     nsa_gate_temperature: divisor of the gates' logits before the sigmoid.
     nsa_modalities: which placeholders are vision tokens: "image", "video" or both.
-    nsa_semantics: "paper" is the method as published.
+    nsa_semantics: "paper" is the method as published; "released" is what the original's code
+        computes (nsa_released.py), for the weights that were trained with it.
+    nsa_released_mask: which block means a query sees under "released": "reversed" is the original's
+        code as it stands, and as it stood but for half an hour; "causal" was that half hour's. The
+        weights are older than both, so the one that lasted is the likelier.
+    nsa_released_forced: which blocks are sure of a place there: "own" as in the copy of
+        flash-linear-attention that the original brings along to evaluate with; "first_and_last_two"
+        as in that library's version 0.3.1, which its instructions for training may have installed.
     nsa_backend: "auto" (Triton on a CUDA device, the reference elsewhere), "triton", "reference".
     """
 
@@ -78,6 +90,8 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     nsa_gate_temperature: float | int = 0.3
     nsa_modalities: list[str] | tuple[str, ...] | str = MODALITIES
     nsa_semantics: str = "paper"
+    nsa_released_mask: str = "reversed"
+    nsa_released_forced: str = "own"
     nsa_backend: str = "auto"
 
     def convert_rope_params_to_dict(self, **kwargs):
@@ -130,11 +144,34 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
                 "Select more blocks or force fewer."
             )
         _check_choice("nsa_semantics", self.nsa_semantics, SEMANTICS)
+        _check_choice("nsa_released_mask", self.nsa_released_mask, RELEASED_MASKS)
+        _check_choice("nsa_released_forced", self.nsa_released_forced, RELEASED_FORCED)
+        if self.nsa_semantics == "released":
+            self._validate_released()
         _check_choice("nsa_backend", self.nsa_backend, BACKENDS)
         if not self.nsa_modalities:
             raise ValueError(f"nsa_modalities is empty; name at least one of {MODALITIES}.")
         for modality in self.nsa_modalities:
             _check_choice("nsa_modalities", modality, MODALITIES)
+
+    def _validate_released(self):
+        """What the original's code cannot do, or does not ask."""
+        forced = (self.nsa_num_initial_blocks, self.nsa_num_local_blocks)
+        if forced != (0, 1) or set(self.nsa_modalities) != set(MODALITIES):
+            raise ValueError(
+                f"nsa_num_initial_blocks, nsa_num_local_blocks and nsa_modalities are {forced[0]}, "
+                f"{forced[1]} and {self.nsa_modalities}, which nothing reads when nsa_semantics is "
+                "'released': leave them at 0, 1 and both modalities. nsa_released_forced says "
+                "which blocks are forced there."
+            )
+        size, count = self.nsa_block_size, self.nsa_num_selected_blocks
+        most = size if self.nsa_released_forced == "own" else size // 2
+        if size & (size - 1) or count > most:
+            raise ValueError(
+                f"nsa_block_size is {size} and nsa_num_selected_blocks {count}; when nsa_semantics "
+                "is 'released', the first must be a power of two, and the second at most that size "
+                "(half of it with nsa_released_forced='first_and_last_two')."
+            )
 
     def _validate_heads(self):
         _check_sizes(self, TEXT_SIZES)
@@ -217,7 +254,18 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
     def from_dict(cls, config_dict, **kwargs):
         """Stock, but for `nsa_*` among kwargs, which replace those of the text config."""
         nsa, kwargs = _split_nsa(kwargs)
+        _announce_semantics(config_dict, nsa.get("nsa_semantics"))
         return super().from_dict({**config_dict, **nsa}, **kwargs)
+
+
+def _announce_semantics(config_dict, asked):
+    """Say so where weights are to run with other semantics than they were trained with."""
+    own = (config_dict.get("text_config") or config_dict).get("nsa_semantics", "paper")
+    if asked not in (None, own):
+        logger.warning(
+            f"these weights were trained with nsa_semantics={own!r}; as asked for, they run with "
+            f"{asked!r}."
+        )
 
 
 def _split_nsa(kwargs):

@@ -1,12 +1,16 @@
-"""Convert a Qwen2.5-VL checkpoint into a VideoNSA checkpoint with untrained gates.
+"""Convert a Qwen2.5-VL checkpoint into a VideoNSA checkpoint, with untrained gates or its own.
 
     python convert_checkpoint.py Qwen/Qwen2.5-VL-7B-Instruct VideoNSA-7B
     python convert_checkpoint.py ../Qwen2.5-VL-3B-Instruct VideoNSA-3B --gates random --seed 1
+    python convert_checkpoint.py Enxin/VideoNSA VideoNSA-released --semantics released
 
 SOURCE is a Hub id or a folder with safetensors weights of any size, sharded or not. Everything is
 checked before anything is written: every key and shape, against the model that OUT's own code
 builds. The weights go to OUT.partial, shard by shard; only a complete checkpoint is renamed to
 OUT. After an interruption the same command goes on where it stopped and ends in the same bytes.
+
+A source that has gates keeps them: the checkpoint of the original release, whose code computes what
+only `--semantics released` repeats.
 
 Runs on a CPU. Memory stays near one shard (2 GB) and the largest tensor, whatever the model's size.
 """
@@ -55,30 +59,55 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 GATE = re.compile(r"\.self_attn\.g_proj_[12]\.(weight|bias)$")
 GATE_STD = 0.02
+# The original's names of two settings, which its configuration may have.
+RELEASED_SETTINGS = {"block_counts": "nsa_num_selected_blocks", "window_size": "nsa_window_size"}
 
 DESCRIPTION = """\
 {source} with the attention of VideoNSA: in every layer of the language model, vision tokens attend
 through three gated sparse branches (compressed blocks, selected blocks, a sliding window); text
 tokens attend densely.
 
+{gates}
+"""
+UNTRAINED = """\
 **The gates are untrained.** {gates}
 All other weights are the source's. Answers to text alone are the source's; before you rely on
 answers about videos, train the gates (`g_proj_1`, `g_proj_2` in each layer's `self_attn`) with the
-repository's `finetune.py --model_name_or_path {name}`.
+repository's `finetune.py --model_name_or_path {name}`.\
+"""
+KEPT = """\
+All weights, the gates too, are the source's. `nsa_semantics` in its configuration says what they
+run with: {semantics}.\
 """
 
 
-def convert(source, out, *, gates="even", gate_value=None, dtype="auto", seed=0, push_to_hub=None):
+def convert(
+    source,
+    out,
+    *,
+    gates=None,
+    gate_value=None,
+    semantics=None,
+    dtype="auto",
+    seed=0,
+    push_to_hub=None,
+):
     """Write the VideoNSA checkpoint of `source` (Hub id or folder) to the folder `out`.
 
-    gates: "even" starts every gate at `gate_value` for every token (1/3 unless given, so that the
-    three branches sum to one); "random" draws them as the paper does: N(0, 0.02), zero bias.
+    gates: of a source without any. "even", the default, starts every gate at `gate_value` for every
+    token (1/3 unless given, so that the three branches sum to one); "random" draws them as the
+    paper does: N(0, 0.02), zero bias.
+    semantics: of a source with gates, which it keeps: what they were trained with, "released" for
+    those of the original release, or "paper".
     dtype: "auto" keeps each tensor's own; else "bfloat16", "float16" or "float32" for all.
     push_to_hub: a repository id to upload the finished folder to, as one commit.
 
-    Returns the report, lists of keys under "copied" and "added", or None if `out` was complete
-    already. Raises ValueError or OSError, with nothing written, if the source does not fit exactly.
+    Returns the report, lists of keys under "copied", "copied (gates)" and "added", or None if `out`
+    was complete already. Raises ValueError or OSError, with nothing written, if the source does not
+    fit exactly.
     """
+    given = {"--gates": gates, "--gate-value": gate_value}
+    gates = gates or "even"
     if gates == "random" and gate_value is not None:
         raise ValueError(f"gate value {gate_value} was given, but only even gates take one.")
     gate_value = 1 / 3 if gate_value is None else gate_value
@@ -87,27 +116,53 @@ def convert(source, out, *, gates="even", gate_value=None, dtype="auto", seed=0,
     out = Path(os.path.abspath(out))
     folder, name = find_source(str(source))
     files = weight_files(folder)
+    tensors = read_headers(files)
+    if any(GATE.search(key) for key in tensors):
+        check_kept_gates(name, semantics, given)
+        gates = "copied"
+    elif semantics == "released":
+        raise ValueError(
+            f"{name} has no gates (self_attn.g_proj_1, g_proj_2), and only weights that were "
+            "trained with the original release's code run with its semantics: leave --semantics "
+            "away."
+        )
     record = {"source": name, "weights": fingerprint(files), "shard_bytes": SHARD_BYTES}
     record |= {"gates": gates, "gate_value": gate_value, "dtype": dtype, "seed": seed}
+    record["semantics"] = semantics or "paper"
     partial = out.with_name(f"{out.name}.partial")
     if is_complete(out, partial, record):
         report = None
         print(f"{out} is complete already, with these settings: nothing to convert.")
     else:
-        report = build(folder, files, partial, out, record)
+        report = build(folder, tensors, partial, out, record)
+        kept, added = len(report["copied (gates)"]), len(report["added"])
+        own = f"copied (gates) {kept}" if kept else f"added {added} ({gates} gates)"
+        state = f"it runs with {semantics} semantics" if kept else "its gates are untrained"
         print(
-            f"copied {len(report['copied'])}, added {len(report['added'])} ({gates} gates), "
-            f"missing 0, unexpected 0\n{out} is complete; its gates are untrained."
+            f"copied {len(report['copied'])}, {own}, missing 0, unexpected 0\n"
+            f"{out} is complete; {state}."
         )
     if push_to_hub:
-        upload(out, push_to_hub, listed_files(out), f"VideoNSA from {name}, gates untrained")
+        state = f"{semantics} semantics" if gates == "copied" else "gates untrained"
+        upload(out, push_to_hub, listed_files(out), f"VideoNSA from {name}, {state}")
         print(f"pushed to {push_to_hub}")
     return report
 
 
-def build(folder, files, partial, out, record):
+def check_kept_gates(name, semantics, given):
+    """Raise ValueError unless kept gates' semantics are given, and nothing of new gates."""
+    if semantics is None:
+        raise ValueError(
+            f"{name} has gates, which are kept, but its files do not say what they were trained "
+            "with. Give --semantics released for weights of the original release (Enxin/VideoNSA), "
+            "--semantics paper for weights of an exact implementation."
+        )
+    if asked := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"{name} has gates, which are kept: leave {' and '.join(asked)} away.")
+
+
+def build(folder, tensors, partial, out, record):
     """Check the whole source, then fill `partial` and rename it to `out`; return the report."""
-    tensors = read_headers(files)
     with tempfile.TemporaryDirectory() as staging:
         staging = Path(staging)
         write_small_files(folder, staging, tensors, out.name, record)
@@ -279,14 +334,16 @@ def compare(tensors, expected, config, source):
                 "Set tie_word_embeddings to false in its config.json to keep both."
             )
         del tensors[HEAD]
-    added = [key for key in expected if GATE.search(key)]
-    copied = [key for key in expected if key in tensors and key not in added]
+    gates = [key for key in expected if GATE.search(key)]
+    added = [] if any(key in tensors for key in gates) else gates
+    kept = [key for key in gates if key in tensors]
+    copied = [key for key in expected if key in tensors and key not in gates]
     faults = {
         "missing": [key for key in expected if key not in tensors and key not in added],
-        "unexpected": [key for key in tensors if key not in copied],
+        "unexpected": [key for key in tensors if key not in expected],
         "of another shape": [
             f"{key} {list(tensors[key].shape)} (by config.json {list(expected[key].shape)})"
-            for key in copied
+            for key in copied + kept
             if tensors[key].shape != expected[key].shape
         ],
     }
@@ -297,7 +354,7 @@ def compare(tensors, expected, config, source):
         raise ValueError(
             f"{source} does not fit its config.json, nothing was written: {'; '.join(found)}"
         )
-    return {"copied": copied, "added": added}
+    return {"copied": copied, "copied (gates)": kept, "added": added}
 
 
 def plan_dtypes(tensors, expected, dtype):
@@ -369,23 +426,31 @@ def write_small_files(folder, staging, tensors, name, record):
     if dtype == "auto" and EMBEDDING in tensors:
         dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     own = read_json(ROOT / "config.json")
-    write_config(folder, staging, dtype, own)
+    write_config(folder, staging, dtype, own, record["semantics"])
     write_processor(folder, staging, own["auto_map"])
-    if record["gates"] == "even":
+    if record["gates"] == "copied":
+        gates = KEPT.format(semantics=record["semantics"])
+    elif record["gates"] == "even":
         gates = f"They start even: each branch counts {record['gate_value']:.3g} in every head."
     else:
         gates = f"They start random, as in the paper: N(0, {GATE_STD}), seed {record['seed']}."
-    description = DESCRIPTION.format(source=record["source"], gates=gates, name=name)
+    if record["gates"] != "copied":
+        gates = UNTRAINED.format(gates=gates, name=name)
+    description = DESCRIPTION.format(source=record["source"], gates=gates)
     write_card(staging, name, folder, description)
 
 
-def write_config(folder, staging, dtype, own):
+def write_config(folder, staging, dtype, own, semantics):
     """Write config.json, nested whether the source's was or not, and a generation_config.json."""
     base = Qwen2_5_VLConfig.from_pretrained(folder)
     settings = base.to_diff_dict()
     for part in ("text_config", "vision_config"):
         settings[part].pop("dtype", None)
     settings["text_config"]["model_type"] = own["text_config"]["model_type"]
+    settings["text_config"]["nsa_semantics"] = semantics
+    for theirs, ours in RELEASED_SETTINGS.items():
+        if semantics == "released" and theirs in settings["text_config"]:
+            settings["text_config"][ours] = settings["text_config"].pop(theirs)
     classes = {key: own[key] for key in ("model_type", "architectures", "auto_map")}
     write_json(staging / "config.json", {**settings, **classes, "dtype": dtype})
     # Read and written once more, so that every nsa_* field is there to be seen and edited.
@@ -475,8 +540,13 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", help="Hub id or folder of a Qwen2.5-VL checkpoint (safetensors)")
     parser.add_argument("out", help="folder to write; it appears when the checkpoint is complete")
-    parser.add_argument("--gates", choices=("even", "random"), default="even")
+    parser.add_argument("--gates", choices=("even", "random"), help="new ones (default even)")
     parser.add_argument("--gate-value", type=float, help="what each even gate counts (default 1/3)")
+    parser.add_argument(
+        "--semantics",
+        choices=("paper", "released"),
+        help="what a source's own gates were trained with",
+    )
     parser.add_argument(
         "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto"
     )

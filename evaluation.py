@@ -60,6 +60,9 @@ def parse_arguments(argv):
     )
     parser.add_argument("--blocks", type=int, metavar="N", help="selected blocks of a query")
     parser.add_argument("--window", type=int, metavar="N", help="keys in the sliding window")
+    parser.add_argument(
+        "--semantics", choices=("paper", "released"), help="other than the checkpoint's own"
+    )
     parser.add_argument("--model_args", default="", metavar="NAME=VALUE,...")
     parser.add_argument("--gen_kwargs", default="", metavar="NAME=VALUE,...")
     parser.add_argument("--include_path", default=str(ROOT / "benchmarks" / "clips"))
@@ -97,6 +100,7 @@ def harness_arguments(options, others):
         "branches": options.branches.replace(",", "+"),
         "blocks": options.blocks,
         "window": options.window,
+        "semantics": options.semantics,
         **settings,
         **yours,
     }

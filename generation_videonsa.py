@@ -170,8 +170,10 @@ class VideoNSAGenerationMixin(GenerationMixin):
         if size is not None:
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
-        elif cache is not None and not (
-            generation_config.output_hidden_states or generation_config.output_attentions
+        elif (
+            cache is not None
+            and not (generation_config.output_hidden_states or generation_config.output_attentions)
+            and self.config.text_config.nsa_semantics == "paper"  # others read a prompt whole
         ):
             if any(model_kwargs.get(pixels) is not None for pixels in PIXELS.values()):
                 size = PREFILL_CHUNK_SIZE

@@ -62,6 +62,7 @@ from .media_features_videonsa import (
     put_features,
     take_media,
 )
+from .nsa_released import attend_released, released_tokens
 from .nsa_rules import gate_weights
 from .packing_videonsa import NSAPlan, make_plan, mask_of_chunk, packed_samples, valid_tokens
 from .positions_videonsa import positions_of_new_tokens, rope_index, state_in, state_of
@@ -155,6 +156,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         """query [B, H, S, D], key and value [B, K, L, D]; returns [B, S, H, D], padding zero."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         sparse = self.attend_sparse(query, key, value, gates, plan)
+        if self.config.nsa_semantics == "released":
+            return sparse
         if plan.is_all_vision:
             return sparse[None]
         output = torch.zeros_like(query)
@@ -174,10 +177,14 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
 
         query [B, S, H, D]; key and value [B, L, K, D], cached and new; gates [N, H, 3] as `gates`
         returns them, for the N rows of `plan.vision_queries`. Returns [N, H, D] in their order;
-        `plan.cu_vision_queries` says how many of them each sample has.
+        `plan.cu_vision_queries` says how many of them each sample has. Under the released semantics
+        text rows have a part in it, so that the output is that of all rows, [B, S, H, D].
         """
         config = self.config
-        return attention_functions(config.nsa_backend, query.device).nsa_attention(
+        functions = attention_functions(config.nsa_backend, query.device)
+        if config.nsa_semantics == "released":
+            return attend_released(query, key, value, gates, plan, functions, config, self.scaling)
+        return functions.nsa_attention(
             query[plan.vision_queries],
             key[plan.vision_keys],
             value[plan.vision_keys],
@@ -368,6 +375,8 @@ class VideoNSAModel(Qwen2_5_VLModel):
                 video_grid_thw=video_grid_thw,
                 second_per_grid_ts=second_per_grid_ts,
             )
+        if vision is not None and self.config.text_config.nsa_semantics == "released":
+            vision = released_tokens(vision, position_ids, cached, nsa_chunk_size)
         if vision is not None:
             state = state.followed_by(vision, position_ids, valid)
             if cache is not None:
@@ -523,15 +532,31 @@ class AttentionFunctions(NamedTuple):
     nsa_attention: Callable
     dense_attention: Callable
     decode_attention: Callable
+    selected_attention: Callable
+    window_attention: Callable
 
 
 def attention_functions(backend: str, device: torch.device) -> AttentionFunctions:
     """The functions of a backend; "auto" is Triton on a CUDA device."""
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
-        from .nsa_kernels import decode_attention, dense_attention, nsa_attention
+        from .nsa_kernels import (
+            decode_attention,
+            dense_attention,
+            nsa_attention,
+            selected_attention,
+            window_attention,
+        )
     else:
-        from .nsa_reference import decode_attention, dense_attention, nsa_attention
-    return AttentionFunctions(nsa_attention, dense_attention, decode_attention)
+        from .nsa_reference import (
+            decode_attention,
+            dense_attention,
+            nsa_attention,
+            selected_attention,
+            window_attention,
+        )
+    return AttentionFunctions(
+        nsa_attention, dense_attention, decode_attention, selected_attention, window_attention
+    )
 
 
 def _refuse_foreign_attention(config):

@@ -9,6 +9,7 @@ model serves many.
 
 import math
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 
@@ -155,6 +156,8 @@ def rope_index(
         config.video_token_id: _rows(video_grid_thw),
     }
     seconds = _seconds(second_per_grid_ts, 0 if video_grid_thw is None else len(video_grid_thw))
+    if config.text_config.nsa_semantics == "released":
+        seconds = repeat(1.0)  # as the original evaluates: it never says what a step lasts
     positions = torch.zeros(3, *input_ids.shape, dtype=torch.long, device=input_ids.device)
     deltas = []
     for row, ids in enumerate(input_ids):

@@ -42,6 +42,7 @@ CODE_FILES = (
     "fused_videonsa.py",
     "vision_videonsa.py",
     "nsa_reference.py",
+    "nsa_released.py",
     "nsa_checks.py",
     "nsa_rules.py",
     "nsa_kernels.py",

@@ -56,6 +56,7 @@ class AttentionRecorder:
             functions = attention_functions(config.nsa_backend, query.device)
             self.functions.add(functions.nsa_attention.__module__.rsplit(".", 1)[-1])
             self.settings = {
+                "semantics": config.nsa_semantics,
                 "block_size": config.nsa_block_size,
                 "num_selected": config.nsa_num_selected_blocks,
                 "window_size": config.nsa_window_size,

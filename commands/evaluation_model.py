@@ -27,6 +27,7 @@ from commands.evaluation_manifest import (
 )
 from commands.evaluation_presets import ALIASES, LIMITS
 from commands.model_card import find_file
+from nsa_released import vision_by_position
 from nsa_rules import BRANCHES
 
 # What reading a video can fail with; tasks call sys.exit where a file is missing.
@@ -37,8 +38,9 @@ class VideoNSA(lmms):
     """A VideoNSA checkpoint as a chat model of lmms-eval.
 
     pretrained, revision: folder or Hub id.  attention: "sparse", or "dense" with the same weights.
-    branches: those whose gates stay open, joined by "+".  blocks, window: in place of the
-    checkpoint's nsa_num_selected_blocks and nsa_window_size.  limits: LIMITS, of every video.
+    branches: those whose gates stay open, joined by "+".  blocks, window, semantics: in place of
+    the checkpoint's nsa_num_selected_blocks, nsa_window_size and nsa_semantics.  limits: LIMITS, of
+    every video.
     """
 
     is_simple = False
@@ -53,6 +55,7 @@ class VideoNSA(lmms):
         branches="compressed+selected+window",
         blocks=None,
         window=None,
+        semantics=None,
         dtype=None,
         device=None,
         device_map=None,
@@ -84,6 +87,8 @@ class VideoNSA(lmms):
         text = {"nsa_num_selected_blocks": blocks, "nsa_window_size": window}
         text = {name: value for name, value in text.items() if value is not None}
         text["nsa_enabled"] = attention == "sparse"
+        if semantics is not None:
+            text["nsa_semantics"] = semantics
         default = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         settings = {"dtype": getattr(torch, dtype) if dtype else default}
         settings["device_map"] = device_map or self.device
@@ -93,6 +98,11 @@ class VideoNSA(lmms):
         self.processor = AutoProcessor.from_pretrained(
             pretrained, revision=revision, trust_remote_code=True
         )
+        if len(self.branches) < len(BRANCHES) and self._is_released:
+            raise ValueError(
+                "branches can be closed under the paper's semantics only: the released ones give "
+                "text a share of every branch that no gate closes. Leave branches away."
+            )
         self.recorder = AttentionRecorder(self.model, self.branches)
         self.checkpoint_generation = clear_generation_config(self.model)
         self.settings = self._describe(pretrained, revision)
@@ -102,6 +112,10 @@ class VideoNSA(lmms):
         self.cache = AnswerCache(type(self).folder / self.fingerprint)
         self.records = []  # of the last call, of all processes
         type(self).loaded = self
+
+    @property
+    def _is_released(self):
+        return self.model.config.text_config.nsa_semantics == "released"
 
     def _describe(self, pretrained, revision):
         config, processor = self.model.config, self.processor
@@ -219,7 +233,12 @@ class VideoNSA(lmms):
         ids, config = inputs["input_ids"][0], self.model.config
         kinds = {"image": config.image_token_id, "video": config.video_token_id}
         vision = [kinds[kind] for kind in config.text_config.nsa_modalities]
-        sample["vision_tokens"] = int(torch.isin(ids, torch.tensor(vision)).sum())
+        is_vision = torch.isin(ids, torch.tensor(vision))
+        if self._is_released:
+            media = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+            positions, _ = self.model.model.get_rope_index(ids[None], **media)
+            is_vision &= vision_by_position(positions)[0]
+        sample["vision_tokens"] = int(is_vision.sum())
         sample["prompt_tokens"] = len(ids)
         sample["videos"] = describe_videos(inputs, self.processor.video_processor)
         return inputs
@@ -272,7 +291,8 @@ def load_model(pretrained, revision, text, **settings):
             "finetune.py's --merge_lora does, and so does peft's merge_and_unload()."
         )
     source = {"revision": revision, "trust_remote_code": True}
-    config = AutoConfig.from_pretrained(pretrained, **source)
+    asked = {name: text[name] for name in ("nsa_semantics",) if name in text}
+    config = AutoConfig.from_pretrained(pretrained, **asked, **source)
     if config.model_type != "videonsa":
         raise ValueError(
             f"{pretrained} is a {config.model_type}, which has no sparse attention and would "

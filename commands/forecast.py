@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nsa_released import CHUNK_ELEMENTS, spread_width
+
 GIB = 2**30
 
 # Tokens of one prefill chunk; tests hold it to media_features_videonsa.py.
@@ -33,6 +35,9 @@ KERNEL_FROM, KERNEL_QUERIES, KERNEL_BLOCKS = 8192, 9216, 2048
 # float32 and in the tower's dtype.
 VISION_CHUNK_TOKENS = 8192
 VISION_HIDDEN_ROWS, VISION_INTERMEDIATE_ROWS = 6, 3
+# Under the released semantics a prompt is read whole, and a layer's attention keeps this many rows
+# of spread heads per token, and float32 scores of so many chunks: an estimate.
+RELEASED_SPREAD_ROWS, RELEASED_SCORES = 4, 5
 # Layers whose keys and values exist twice: one whose cache grows, and one packed for the branches.
 COPIED_LAYERS = 2
 
@@ -191,13 +196,18 @@ def chunk_bytes(config, prompt, vision_tokens, dtype) -> int:
     layer's attention before its MLP.
     """
     text, vision = config.text_config, config.vision_config
-    tokens = longest_chunk(prompt)
+    released = text.nsa_semantics == "released" and vision_tokens > 0
+    tokens = prompt if released else longest_chunk(prompt)
+    head, heads = text.hidden_size // text.num_attention_heads, text.num_attention_heads
     mlp = MLP_HIDDEN_ROWS * text.hidden_size + MLP_INTERMEDIATE_ROWS * text.intermediate_size
     mlp *= tokens * dtype.itemsize
     attention = ATTENTION_HIDDEN_ROWS * text.hidden_size * tokens * dtype.itemsize
+    if released:
+        heads = spread_width(heads, text.num_key_value_heads)
+        attention += RELEASED_SPREAD_ROWS * heads * head * tokens * dtype.itemsize
+        attention += RELEASED_SCORES * 4 * min(CHUNK_ELEMENTS["cuda"], prompt * heads)
     if vision_tokens > KERNEL_FROM:
-        head = text.hidden_size // text.num_attention_heads
-        partial = 2 * (head + 2) * text.num_attention_heads * text.nsa_num_selected_blocks
+        partial = 2 * (head + 2) * heads * text.nsa_num_selected_blocks
         importance = 4 * KERNEL_BLOCKS * text.num_key_value_heads
         attention += KERNEL_QUERIES * (partial + importance)
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -206,7 +216,8 @@ def chunk_bytes(config, prompt, vision_tokens, dtype) -> int:
         + VISION_INTERMEDIATE_ROWS * vision.intermediate_size
     ) * dtype.itemsize + pixels * (4 + dtype.itemsize)
     patches = min(vision_tokens, VISION_CHUNK_TOKENS) * vision.spatial_merge_size**2
-    return max(mlp, attention, patches * patch)
+    held = 4 * pixels * vision_tokens * vision.spatial_merge_size**2 if released else 0
+    return held + max(mlp, attention, patches * patch)
 
 
 def longest_chunk(prompt: int) -> int:

@@ -86,7 +86,7 @@ def test_fields_survive_a_round_trip(tmp_path):
             r"mrope_section is \[16, 24, 23\]; wanted",
         ),
         ({"nsa_backend": "flash"}, "nsa_backend holds 'flash'; choose from 'auto', 'triton'"),
-        ({"nsa_semantics": "released"}, "nsa_semantics holds 'released'; choose from 'paper'"),
+        ({"nsa_semantics": "both"}, "nsa_semantics holds 'both'; choose from 'paper', 'released'"),
         ({"nsa_modalities": ["audio"]}, "nsa_modalities holds 'audio'"),
         ({"nsa_modalities": []}, "nsa_modalities is empty"),
         ({"num_key_value_heads": 5}, "must be a multiple of num_key_value_heads"),

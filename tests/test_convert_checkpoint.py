@@ -239,6 +239,60 @@ def test_random_gates_are_the_papers(source, tmp_path):
     assert not torch.equal(weights[f"{GATES}1.weight"], other_layer)
 
 
+def write_released(folder):
+    """Write a checkpoint as the original release's: gates in it, two settings in its config."""
+    write_source(folder)
+    torch.manual_seed(1)
+    shapes = {"1.weight": (HIDDEN, HIDDEN), "1.bias": (HIDDEN,)}
+    shapes |= {"2.weight": (3 * HEADS, HIDDEN), "2.bias": (3 * HEADS,)}
+    gates = {
+        f"model.language_model.layers.{layer}.self_attn.g_proj_{name}": torch.randn(shape)
+        for layer in range(LAYERS)
+        for name, shape in shapes.items()
+    }
+    change_weights(folder, lambda tensors: tensors.update(gates))
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["VideoNSAForConditionalGeneration"]
+    text = stock_config().text_config.to_diff_dict() | {"block_counts": 20, "window_size": 96}
+    write(folder / "config.json", {**config, "text_config": text})
+    return gates
+
+
+def test_gates_of_the_source_are_kept(tmp_path, capsys):
+    gates = write_released(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "out", semantics="released")
+    assert sorted(report["copied (gates)"]) == sorted(gates) and not report["added"]
+    assert f"copied (gates) {4 * LAYERS}, missing 0" in capsys.readouterr().out
+    weights = weights_of(tmp_path / "out")
+    assert all(torch.equal(weights[key], gate) for key, gate in gates.items())
+
+    model = load(tmp_path / "out")
+    text = model.config.text_config
+    assert text.nsa_semantics == "released"
+    assert (text.nsa_num_selected_blocks, text.nsa_window_size) == (20, 96)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "untrained" not in card and "`nsa_semantics`" in card and "released" in card
+
+
+def test_semantics_are_said_of_kept_gates_alone(source, tmp_path):
+    with pytest.raises(ValueError, match=r"has no gates .* leave --semantics away"):
+        convert(source, tmp_path / "out", semantics="released")
+    write_released(tmp_path / "released")
+    with pytest.raises(ValueError, match="Give --semantics released for weights of the original"):
+        convert(tmp_path / "released", tmp_path / "out")
+    with pytest.raises(ValueError, match="which are kept: leave --gates and --gate-value away"):
+        convert(
+            tmp_path / "released", tmp_path / "out", semantics="paper", gates="even", gate_value=0.5
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_of_the_gates_is_no_source(source, tmp_path):
+    add_a_gate(source)
+    with pytest.raises(ValueError, match=r"7 missing \(\S+g_proj_1\.weight"):
+        convert(source, tmp_path / "out", semantics="released")
+
+
 def test_dtype_holds_for_every_tensor_and_the_config(source, tmp_path):
     convert(source, tmp_path / "auto")
     convert(source, tmp_path / "bfloat16", dtype="bfloat16")
@@ -421,7 +475,7 @@ def untie_the_head(folder):
         (add_a_tensor, r"1 unexpected \(model\.language_model\.layers\.7\.extra\)$"),
         (add_what_only_sounds_computed, r"1 unexpected \(\S+inv_freq_scale\)$"),
         (name_a_tensor_twice, r"holds model\.\S*norm\.weight, but .* has it already"),
-        (add_a_gate, r"1 unexpected \(\S+g_proj_1\.bias\)$"),
+        (add_a_gate, r"has gates, which are kept, but .* Give --semantics released"),
         (quantise_a_tensor, "is I8; only BF16, F16, F32"),
         (halve_the_layers, r"12 unexpected \(\S+layers\.1\."),
         (widen_the_mlp, r"6 of another shape \(\S+ \[64, 112\] \(by config.json \[65, 112\]\)"),

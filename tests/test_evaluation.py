@@ -363,6 +363,20 @@ def test_a_batch_answers_as_its_samples_alone(load, task):
     assert answer(load(batch_size=3), task) == answer(load(), task)
 
 
+def test_other_semantics_are_what_runs_and_are_recorded(load, task):
+    model = load(semantics="released", batch_size=2)
+    answer(model, task)
+    assert model.settings["attention"]["semantics"] == "released"
+    for record in model.records:
+        report = record["attention"]
+        assert report["settings"]["semantics"] == "released"
+        # The tokens whose time, height and width are equal count as text.
+        assert 0 < record["vision_tokens"] < record["prompt_tokens"] - 5
+        assert set(report["sparse_tokens_by_layer"]) == {record["vision_tokens"]}
+    with pytest.raises(ValueError, match="branches can be closed under the paper's semantics only"):
+        load(semantics="released", branches="window")
+
+
 def test_what_the_checkpoint_brings_does_not_leak_in(load, task, tmp_path):
     folder = copy_checkpoint(tmp_path / "brings")
     settings = read(folder / "generation_config.json")

@@ -30,7 +30,8 @@ def test_every_vision_token_of_every_layer_is_counted_for_its_row():
     _, reports = answer(model, AttentionRecorder(model))
     assert [report["sparse_tokens_by_layer"] for report in reports] == [[n, n] for n in VISION]
     assert reports[0]["functions"] == ["nsa_reference"]
-    assert reports[0]["settings"] == {"block_size": 4, "num_selected": 2, "window_size": 5}
+    sizes = {"block_size": 4, "num_selected": 2, "window_size": 5}
+    assert reports[0]["settings"] == {"semantics": "paper", **sizes}
     for report in reports:
         check(report, "sparse")
     with pytest.raises(WrongAttention, match="dense attention was asked for, but of 24"):

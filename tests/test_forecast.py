@@ -195,3 +195,16 @@ def test_the_dtype_is_that_of_weights_and_cache():
 def test_a_device_is_asked_for_its_free_memory():
     seen = forecast(seven_billion(), 1000, device="cuda")
     assert 0 < seen.available <= torch.cuda.mem_get_info()[1] / GIB
+
+
+def test_a_prompt_that_is_read_whole_takes_more():
+    """Under the released semantics; an estimate, of which only the order is held here."""
+    paper, released = seven_billion(), seven_billion()
+    released.text_config.nsa_semantics = "released"
+    peaks = []
+    for tokens in (32768, 65536):
+        same = forecast(released, tokens).peak  # text alone
+        assert same == forecast(paper, tokens).peak
+        peaks.append(forecast(released, tokens, vision_tokens=tokens).peak)
+        assert forecast(paper, tokens, vision_tokens=tokens).peak + 5 < peaks[-1] < 80
+    assert peaks[1] > peaks[0] + 5
