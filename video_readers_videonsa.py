@@ -198,7 +198,6 @@ class _Readers:
 
     def frames(self):
         """Yields what `fetch` made, in order, up to the first frame that could not be read."""
-        own_threads = torch.get_num_threads()
         try:
             for thread in self.threads:
                 thread.start()
@@ -214,7 +213,6 @@ class _Readers:
                 yield item
         finally:
             self._end()
-            torch.set_num_threads(own_threads)  # of threads to come, which `_work` changes
 
     def _end(self):
         """Ends the threads; a packet that is being decoded is waited for."""
@@ -230,7 +228,6 @@ class _Readers:
                     thread.join()
 
     def _work(self, file):
-        torch.set_num_threads(1)  # of this thread: readers that share a resize wait for each other
         number = None
         try:
             with file:

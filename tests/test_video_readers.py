@@ -495,29 +495,6 @@ def test_one_thread_computes_beside_readers():
         reader.join()
 
 
-def test_a_reader_computes_with_one_thread(keyed):
-    seen = []
-    torch.set_num_threads(2)
-    try:
-        with VideoFile(str(keyed)) as file:
-            frames = read_frames(
-                file,
-                seconds_of(20),
-                lambda *_: seen.append(torch.get_num_threads()) or torch.zeros(1),
-                3,
-            )
-            list(frames)
-        assert seen[0] == 2 and seen.count(1) > 10  # the first group is read in this thread
-        assert torch.get_num_threads() == 2
-        later = []
-        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-        assert later == [2]
-    finally:
-        torch.set_num_threads(1)
-
-
 def test_a_process_ends_quietly_with_readers(keyed):
     script = f"""
 import sys
