@@ -129,7 +129,9 @@ class PlannedFile(_Planned):
         """
 
         def fetch(file, frame):
-            return resize(torch.from_numpy(file.image(frame).copy()).permute(2, 0, 1))
+            frame = torch.from_numpy(file.image(frame).copy()).permute(2, 0, 1)
+            # In the reader's thread: the one that stacks frames is alone, and copies these fast.
+            return resize(frame).contiguous()
 
         readers = self.settings.video_readers or default_readers()
         gpu = gpu_of(self.settings.video_decoder)

@@ -478,6 +478,15 @@ def test_patches_are_made_while_frames_are_read(processor, keyed, readers_of, mo
         assert done[:at].count("frame") <= 2 * (step + 1) + 2 * readers
 
 
+def test_readers_lay_frames_out_for_the_thread_that_stacks_them(processor, keyed, monkeypatch):
+    stack, laid_out = torch.stack, []
+    monkeypatch.setattr(
+        torch, "stack", lambda x: laid_out.extend(y.is_contiguous() for y in x) or stack(x)
+    )
+    processor.video_processor([str(keyed)], num_frames=8)
+    assert laid_out == [True] * 8
+
+
 def test_one_thread_computes_beside_readers():
     end = threading.Event()
     reader = threading.Thread(target=end.wait, name=video_readers_videonsa.THREADS)
