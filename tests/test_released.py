@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, DynamicCache
-from videonsa import nsa_released
+from videonsa import nsa_kernels, nsa_reference, nsa_released
 from videonsa.configuration_videonsa import VideoNSATextConfig
 from videonsa.positions_videonsa import rope_index
 
@@ -92,6 +92,25 @@ def test_later_tokens_change_earlier_rows():
     inputs["pixel_values_videos"][-4:] += 1
     changed = (model(**inputs).logits[0] - before).abs().amax(-1) > 1e-4
     assert changed[5] and changed[0]  # of the video and of the text before it
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_kernels_serve_its_branches(device, quick_interpreter):
+    """The selected and the window branch of spread heads, and the dense rows."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(37, 14, 16), (37, 2, 16), (37, 2, 16), (28, 14, 3)]
+    q, k, v, gates = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    vision = torch.ones(37, dtype=torch.bool, device=device)
+    vision[:5] = vision[33:] = False
+    sizes = {"block_size": 16, "num_selected": 2, "window_size": 9}
+    with torch.no_grad():
+        ours, theirs = (
+            nsa_released.released_attention(
+                q, k, v, gates.sigmoid(), vision, torch.tensor([0, 21, 37]), functions, **sizes
+            )
+            for functions in (nsa_kernels, nsa_reference)
+        )
+    assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_gradients_reach_every_weight():
