@@ -9,6 +9,8 @@ import os
 import shlex
 import stat
 
+import torch
+
 from .message_parts_videonsa import describe_source, is_address
 from .video_plan_videonsa import MAX_FRAME_PIXELS
 
@@ -81,9 +83,13 @@ class VideoSource:
         decoder = {"max_pixels": str(MAX_FRAME_PIXELS)} if PYAV >= 18 else {}
         gpu_decoder = {}
         if gpu is not None:
-            # Frames stay on the GPU; those that are taken are fetched.
+            # Frames stay on the GPU; those that are taken are fetched. In PyTorch's own context,
+            # which this call gives to the thread: FFmpeg refuses it as the device's primary one,
+            # because it would have set other flags, and one of its own takes memory.
+            torch.cuda.Stream(gpu).synchronize()
+            context = {"primary_ctx": "0", "current_ctx": "1"}
             kind = {"device": str(gpu), "allow_software_fallback": False, "is_hw_owned": True}
-            gpu_decoder["hwaccel"] = HWAccel("cuda", **kind)
+            gpu_decoder["hwaccel"] = HWAccel("cuda", options=context, **kind)
         return av.open(
             place,
             **gpu_decoder,
