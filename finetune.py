@@ -44,6 +44,10 @@ logger = transformers.utils.logging.get_logger("finetune")
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "folder or Hub id of a VideoNSA checkpoint"})
     model_revision: str = field(default="main", metadata={"help": "branch, tag or commit"})
+    semantics: str | None = field(
+        default=None,
+        metadata={"help": "paper or released: nsa_semantics to train with and to save"},
+    )
     train: str = field(default="llm,gates", metadata={"help": f"any of {','.join(PARTS)}"})
     lora_r: int = field(default=0, metadata={"help": "rank of the adapters; 0 trains whole parts"})
     lora_alpha: float | None = field(default=None, metadata={"help": "default: twice the rank"})
@@ -66,6 +70,11 @@ class ModelArguments:
                 f"--lora_r {self.lora_r} adapts the llm and the vision tower, but --train is "
                 f"{self.train!r}. Add one of them, or leave --lora_r out."
             )
+        if self.semantics and self.lora_r and not self.merge_lora:
+            raise ValueError(
+                f"--semantics {self.semantics} with --lora_r: an adapter runs with the semantics "
+                "that its base names. Add --merge_lora, for a checkpoint that names its own."
+            )
         if self.merge_lora and not self.lora_r:
             raise ValueError("--merge_lora without --lora_r: there will be no adapter to merge.")
         for name in ("lora_alpha", "lora_dropout", "lora_modules"):
@@ -77,6 +86,11 @@ class ModelArguments:
                 f"--lora_r is {self.lora_r} and --lora_alpha {self.lora_alpha}: a rank is a whole "
                 "number from 1, and alpha above 0."
             )
+
+    @property
+    def fields(self):
+        """Those of the configuration that are not the checkpoint's own."""
+        return {} if self.semantics is None else {"nsa_semantics": self.semantics}
 
 
 @dataclass

@@ -32,6 +32,7 @@ def load_model(model_args, args):
         revision=model_args.model_revision,
         dtype=run_dtype(args),
         trust_remote_code=True,
+        **model_args.fields,
     )
     return choose_trained(model, model_args, args)
 

@@ -318,6 +318,7 @@ def merge(model_args, args, adapter, out):
         revision=model_args.model_revision,
         dtype=run_dtype(args),
         trust_remote_code=True,
+        **model_args.fields,
     )
     merged = peft.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     merged.save_pretrained(out)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, TrainingArguments
+from transformers import AutoConfig, AutoModelForImageTextToText, TrainingArguments
 
 import finetune
 import tiny
@@ -348,6 +348,8 @@ def test_settings_come_from_a_file_and_flags_override_it(folder, tmp_path):
         ({"train": "gate"}, "--train is 'gate'"),
         ({"train": "gates", "lora_r": 4}, "--lora_r 4 adapts"),
         ({"merge_lora": True}, "no adapter to merge"),
+        ({"semantics": "paper", "lora_r": 4}, "runs with the semantics that its base names"),
+        ({"semantics": "both"}, "nsa_semantics holds 'both'"),
         ({"lora_alpha": 8}, "--lora_alpha 8.0 without --lora_r"),
         ({"lora_modules": "q_proj"}, "--lora_modules q_proj without"),
         ({"lora_r": 4, "lora_alpha": 0}, "--lora_alpha 0.0: a rank is"),
@@ -438,6 +440,14 @@ def test_flags_that_reach_into_a_step_work_together(folder, tmp_path):
         average_tokens_across_devices="false", train_sampling_strategy="sequential",
     )  # fmt: skip
     assert len(losses(trainer)) == 2 and trainer.state.num_input_tokens_seen > 0
+
+
+@pytest.mark.parametrize("adapters", [{}, {"lora_r": 2, "merge_lora": True}], ids=["all", "lora"])
+def test_other_semantics_are_trained_and_saved(folder, tmp_path, adapters):
+    trainer = run(folder, tmp_path, semantics="released", max_steps=1, **adapters)
+    assert trainer.base.config.text_config.nsa_semantics == "released"
+    saved = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    assert saved.text_config.nsa_semantics == "released"
 
 
 def test_recipes_are_settings_that_parse(tmp_path):

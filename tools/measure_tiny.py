@@ -25,9 +25,11 @@ from videonsa import ROOT
 from make_clips import KINDS, NEW_KINDS, SAMPLED_FPS
 
 
-def load(folder, attention):
+def load(folder, attention, semantics=None):
     """The checkpoint's model and processor."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    fields = {} if semantics is None else {"nsa_semantics": semantics}
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **fields)
+    model.eval()
     model.config.text_config.nsa_enabled = attention == "sparse"
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
@@ -88,9 +90,12 @@ def main():
     parser.add_argument("--count", type=int, default=100, help="clips (default 100)")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of question, comma-separated")
     parser.add_argument("--attention", choices=("sparse", "dense"), default="sparse")
+    parser.add_argument(
+        "--semantics", choices=("paper", "released"), help="other than the checkpoint's own"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
     args = parser.parse_args()
-    model, processor = load(args.model, args.attention)
+    model, processor = load(args.model, args.attention, args.semantics)
     with tempfile.TemporaryDirectory() as folder:
         make = [sys.executable, ROOT / "tools" / "make_clips.py", "--out", folder]
         make += ["--seed", args.seed, "--count", args.count, "--frames", args.frames]
