@@ -102,6 +102,9 @@ class VideoFile:
     # that frames of a higher temporal layer refer to.
     SKIPPING = ("h264",)
 
+    # What the GPU's decoder gives bit for bit. Ten bits lose some on their way to RGB.
+    GPU_FORMATS = ("yuv420p", "yuvj420p")
+
     container = stream = None
     # Set by those who read one file with several readers: whether reading is to end, and whether
     # this is one of several, which do not measure the file again.
@@ -238,7 +241,7 @@ class VideoFile:
             }
         try:
             if frame.format.name == "cuda":
-                # It comes as NV12 or P010, from which the conversion to RGB rounds differently.
+                # It comes as NV12, from which the conversion to RGB rounds differently.
                 frame = frame.reformat(format=self.pixel_format)
             rgb = frame.reformat(format="rgb24", **how)
             return self.orientation.show(rgb.to_ndarray())
@@ -589,6 +592,8 @@ class VideoFile:
     def _open(self):
         """Opens the file (again): the one way back to the start that every format has."""
         self.close()
+        if self.gpu is not None and self.pixel_format not in self.GPU_FORMATS:
+            raise self._error(f"has {self.pixel_format} pixels, which the GPU gives in other bits")
         try:
             self.container = self.source.open(self.gpu)
         except (av.FFmpegError, OSError) as error:
