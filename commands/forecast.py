@@ -36,7 +36,7 @@ KERNEL_FROM, KERNEL_QUERIES, KERNEL_BLOCKS = 8192, 9216, 2048
 VISION_CHUNK_TOKENS = 8192
 VISION_HIDDEN_ROWS, VISION_INTERMEDIATE_ROWS = 6, 3
 # Under the released semantics a prompt is read whole, and a layer's attention keeps this many rows
-# of spread heads per token, and float32 scores of so many chunks: an estimate.
+# of spread heads per token, and float32 scores of so many chunks (docs/released.md has the peaks).
 RELEASED_SPREAD_ROWS, RELEASED_SCORES = 4, 5
 # Layers whose keys and values exist twice: one whose cache grows, and one packed for the branches.
 COPIED_LAYERS = 2
@@ -206,7 +206,7 @@ def chunk_bytes(config, prompt, vision_tokens, dtype) -> int:
         heads = spread_width(heads, text.num_key_value_heads)
         attention += RELEASED_SPREAD_ROWS * heads * head * tokens * dtype.itemsize
         attention += RELEASED_SCORES * 4 * min(CHUNK_ELEMENTS["cuda"], prompt * heads)
-    if vision_tokens > KERNEL_FROM:
+    elif vision_tokens > KERNEL_FROM:
         partial = 2 * (head + 2) * heads * text.nsa_num_selected_blocks
         importance = 4 * KERNEL_BLOCKS * text.num_key_value_heads
         attention += KERNEL_QUERIES * (partial + importance)
