@@ -15,7 +15,6 @@ from inspect import signature
 from itertools import chain, islice
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
@@ -28,7 +27,6 @@ from .message_parts_videonsa import (
     frames_in_folder,
     is_file,
     is_picture,
-    plain_source,
     read_messages,
 )
 from .pictures_videonsa import (
@@ -39,11 +37,18 @@ from .pictures_videonsa import (
     warn_of_fractions,
 )
 from .pixel_stream_videonsa import AHEAD_BYTES, GROUP_BYTES, GROUP_STEPS, PixelStream
+from .placeholders_videonsa import (
+    check_placeholders,
+    check_samples,
+    count_by_sample,
+    count_images,
+    count_videos,
+    read_texts,
+)
 from .planned_video_videonsa import (
     PlannedFile,
     PlannedFrames,
     VideoPart,
-    are_frames,
     list_metadata,
     list_videos,
     stack_frames,
@@ -500,18 +505,18 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         **kwargs,
     ) -> BatchFeature:
         """As Qwen2.5-VL's; `fps` may be a list, a rate for each video, as qwen-vl-utils has it."""
-        text, rates = _read_texts(text), kwargs.get("fps")
+        text, rates = read_texts(text), kwargs.get("fps")
         if isinstance(rates, (list, tuple)):  # as qwen-vl-utils gives them, one per video
             del kwargs["fps"]
         else:
             rates = None
         kwargs = self._read_call(kwargs)
         nested = {
-            (self.image_token, "image"): _count_by_sample(images, text, _count_images),
-            (self.video_token, "video"): _count_by_sample(videos, text, _count_videos),
+            (self.image_token, "image"): count_by_sample(images, text, count_images),
+            (self.video_token, "video"): count_by_sample(videos, text, count_videos),
         }
         if images is not None:  # an empty list is none
-            images = self.load_images(images) if _count_images(images) else None
+            images = self.load_images(images) if count_images(images) else None
             rescale = {**kwargs, **(kwargs.get("images_kwargs") or {})}.get("do_rescale")
             if self.image_processor.do_rescale if rescale is None else rescale:
                 warn_of_fractions(images, "Images")
@@ -529,10 +534,10 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             # The library counts what stands in `videos`, and knows only strings and arrays.
             kwargs["video_parts"], videos = videos, ["video"] * len(videos)
         if text is not None and not kwargs.get("sanitize_control_tokens"):
-            self._check_placeholders(text, self.image_token, "image", _count_images(images))
-            self._check_placeholders(text, self.video_token, "video", len(videos or []))
+            check_placeholders(text, self.image_token, "image", count_images(images))
+            check_placeholders(text, self.video_token, "video", len(videos or []))
             for (token, kind), counts in nested.items():
-                _check_samples(text, token, kind, counts)
+                check_samples(text, token, kind, counts)
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
     def _read_call(self, kwargs):
@@ -554,24 +559,6 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             return self.video_processor.planned(video, None, {"fps": rate})
         return with_settings(video.source, {"fps": rate, **video.settings})
 
-    def _check_placeholders(self, text, token, kind, given):
-        texts = [text] if isinstance(text, str) else text
-        found = sum(one.count(token) for one in texts)
-        if found == given:
-            return
-        # What the chat template writes stands between markers; what a user types does not.
-        typed = "\n".join(texts).replace(f"<|vision_start|>{token}<|vision_end|>", "")
-        line = next((line for line in typed.splitlines() if token in line), None)
-        hint = f"give as many {kind}s as there are placeholders."
-        if line is not None:
-            at = line.index(token)
-            excerpt = line[max(at - 60, 0) : at + len(token) + 60].replace("<|im_end|>", "")
-            hint = f"take it out of the text {excerpt!r}, or break it up there."
-        raise ValueError(
-            f"The text has {found} {token} placeholder{'s' * (found != 1)} for {given} "
-            f"{kind}{'s' * (given != 1)}: {hint}"
-        )
-
     def _bind_settings(self, conversation):
         """A copy of the messages in Qwen's form, in which media have their settings with them."""
         messages = read_messages(conversation)
@@ -589,52 +576,6 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
                 part.clear()
                 part |= media
         return messages
-
-
-def _read_texts(text):
-    """The text of a call, or its list of texts."""
-    if text is None or isinstance(text, str):
-        return text
-    texts = text.tolist() if isinstance(text, np.ndarray) else text
-    if not isinstance(texts, (list, tuple)):
-        raise ValueError(f"text is {describe_source(text)}; it must be a string or a list of them.")
-    if not texts:
-        raise ValueError("text is an empty list; it must be a string or a list of them.")
-    for one in texts:
-        if not isinstance(one, str):
-            raise ValueError(f"text holds {describe_source(one)}; it must be a list of strings.")
-    return list(texts)
-
-
-def _count_images(images):
-    if isinstance(images, (list, tuple)):
-        return sum(map(_count_images, images))
-    if images is None:
-        return 0
-    return len(images) if getattr(images, "ndim", 3) == 4 else 1
-
-
-def _count_videos(videos):
-    """How many videos a list has; None where it is one video itself, a list of frames."""
-    return None if are_frames(plain_source(videos)) else len(list_videos(videos))
-
-
-def _count_by_sample(media, text, count):
-    """How many media each text has, where they are a list of lists, one for each; else None."""
-    lists = (list, tuple)
-    if not isinstance(text, lists) or not isinstance(media, lists) or len(media) != len(text):
-        return None
-    counts = [count(item) if isinstance(item, lists) else None for item in media]
-    return None if None in counts else counts
-
-
-def _check_samples(texts, token, kind, counts):
-    found = [one.count(token) for one in texts]
-    if counts not in (None, found):
-        raise ValueError(
-            f"The texts have {found} {token} placeholders, but the lists of {kind}s, one for each "
-            f"text, have {counts}: put each {kind} into the list of its text."
-        )
 
 
 def _is_batch(conversation):

@@ -15,6 +15,7 @@ from commands import ROOT
 
 PROCESSOR_CODE = (
     "processing_videonsa.py",
+    "placeholders_videonsa.py",
     "planned_video_videonsa.py",
     "message_parts_videonsa.py",
     "pictures_videonsa.py",
@@ -31,6 +32,7 @@ PROCESSOR_CODE = (
 CODE_FILES = (
     "configuration_videonsa.py",
     "modeling_videonsa.py",
+    "attention_videonsa.py",
     "packing_videonsa.py",
     "positions_videonsa.py",
     "media_features_videonsa.py",
