@@ -31,10 +31,11 @@ from .message_parts_videonsa import (
 )
 from .pictures_videonsa import (
     IMAGE_SETTINGS,
+    NOT_RESCALED,
     as_image_part,
     load_image_or_array,
     playable,
-    warn_of_fractions,
+    warn_of_scale,
 )
 from .pixel_stream_videonsa import AHEAD_BYTES, GROUP_BYTES, GROUP_STEPS, PixelStream
 from .placeholders_videonsa import (
@@ -190,14 +191,15 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         if not videos:
             raise ValueError("videos is an empty list; give at least one video.")
         metadata = list_metadata(metadata, len(videos))
-        rescale = kwargs.get("do_rescale")
-        rescale = self.do_rescale if rescale is None else rescale
+        scale = _scale(self, kwargs)
 
         def begin(video, entry):
             planned = self.planned(video, entry, settings)
-            if rescale and isinstance(planned, PlannedFrames):
+            if isinstance(planned, PlannedFrames):
                 # Before they are resized, which can go beyond 1.
-                warn_of_fractions(planned.frames, "Frames")
+                warn_of_scale(planned.frames, "Frames", **scale)
+            elif scale == {"rescale": False, "normalize": True}:
+                logger.warning_once(NOT_RESCALED.format("Videos"))
             return self._begin(video, planned, progress)
 
         readings = map(begin, videos, metadata)
@@ -371,6 +373,15 @@ class _Reading(NamedTuple):
     rest: Iterator
 
 
+def _scale(processor, given):
+    """What becomes of values, by a call's settings or else the processor's."""
+    scale = {}
+    for name in ("rescale", "normalize"):
+        own = given.get(f"do_{name}")
+        scale[name] = bool(getattr(processor, f"do_{name}") if own is None else own)
+    return scale
+
+
 def _next_frames(frames, count, reading, stop):
     """Up to `count` frames of a stream, whose plan can no longer change; fewer after `stop`."""
     taken = []
@@ -517,9 +528,8 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
         }
         if images is not None:  # an empty list is none
             images = self.load_images(images) if count_images(images) else None
-            rescale = {**kwargs, **(kwargs.get("images_kwargs") or {})}.get("do_rescale")
-            if self.image_processor.do_rescale if rescale is None else rescale:
-                warn_of_fractions(images, "Images")
+            own = {**kwargs, **(kwargs.get("images_kwargs") or {})}
+            warn_of_scale(images, "Images", **_scale(self.image_processor, own))
         if videos is not None:
             videos = list_videos(videos) or None
         if rates is not None:

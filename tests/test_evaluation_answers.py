@@ -661,6 +661,32 @@ def test_a_ninth_option_is_not_the_writer():
     assert read_answer("I would choose D", options) == "D"
 
 
+LISTS = [
+    "- **A. a man opens a door**: Wrong.\n- **B. a woman cooks**: Correct.\n- **C. a dog**: No.",
+    "- **A. a man opens a door**: Incorrect.\n- **B. a woman",
+    "- **A. a man opens a",
+    "A. a man opens a door\nB. a woman cooks\nC. a dog",
+]
+
+
+@pytest.mark.parametrize("listed", LISTS)
+@pytest.mark.parametrize(
+    "begin",
+    [
+        "Let's analyze each option:",
+        "To determine the answer, we evaluate each of the choices:",
+        "Here is the analysis of each answer:",
+        "Let's go through the options one by one:",
+        "Step 1: Evaluate each option.",
+    ],
+)
+def test_an_option_of_a_list_that_is_gone_through_is_no_answer(begin, listed):
+    options = {"A": "a man opens a door", "B": "a woman cooks", "C": "a dog"}
+    text = f"{begin}\n\n{listed}"
+    assert read_answer(text, options) is None
+    assert read_answer(f"{text}\n\nTherefore, the correct answer is **C**.", options) == "C"
+
+
 @pytest.mark.parametrize(
     ("text", "letter"),
     [

@@ -472,14 +472,37 @@ def test_images_as_arrays_are_checked_as_frames_are(processor, caplog):
     assert "Images hold floating-point numbers up to 1" in caplog.text
 
 
-@pytest.mark.parametrize("lowest", [0, -1])
-def test_fractions_are_noticed_before_they_are_resized(processor, lowest, caplog):
+def scaled(lowest, highest, kind=np.float32):
     frames = np.stack([clips.frame_image(number, 50, 90) for number in range(4)]) / 255
-    video = message({"type": "video", "video": lowest + frames * (1 - lowest)})
-    take(processor, video, fps=2.0, do_rescale=False)
-    assert not caplog.text
-    take(processor, video, fps=2.0)
-    assert "Frames hold floating-point numbers up to 1" in caplog.text
+    return message({"type": "video", "video": (lowest + frames * (highest - lowest)).astype(kind)})
+
+
+@pytest.mark.parametrize(
+    ("video", "settings", "notice"),
+    [
+        (scaled(0, 1), {}, "Frames hold floating-point numbers up to 1"),
+        (scaled(0, 1), {"do_rescale": False}, None),
+        (scaled(0, 255), {}, None),
+        (scaled(0, 255), {"do_rescale": False}, "Frames hold values of 0 to 255"),
+        (scaled(0, 255, np.uint8), {"do_rescale": False}, "Frames hold values of 0 to 255"),
+        (scaled(0, 255), {"do_rescale": False, "do_normalize": False}, None),
+        (scaled(-1, 1), {}, "Frames hold values below 0"),
+        (scaled(-1, 1), {"do_rescale": False}, "Frames hold values below 0"),
+        (scaled(-100, 155, np.int16), {}, "Frames hold values below 0"),
+        (scaled(-2, 2), {"do_rescale": False, "do_normalize": False}, None),
+    ],
+)
+def test_values_that_the_settings_do_not_take_are_noticed(
+    processor, video, settings, notice, caplog
+):
+    take(processor, video, fps=2.0, **settings)
+    assert (notice in caplog.text) if notice else not caplog.text
+
+
+def test_a_file_that_is_normalized_without_rescaling_is_noticed(processor, folder, caplog):
+    video = message({"type": "video", "video": str(folder / "clip.mp4")})
+    take(processor, video, do_rescale=False)
+    assert "Videos hold values of 0 to 255" in caplog.text
 
 
 def test_lists_that_tables_give_as_arrays(processor, folder):
