@@ -5,6 +5,7 @@ Trainer do what its documentation says.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 
 EVALUATES = "finetune.py does not evaluate while it trains: use evaluation.py on what it saves"
@@ -47,6 +48,11 @@ VALUES = {
     "save_strategy": ({"best"}, EVALUATES),
     "lr_scheduler_type": ({"reduce_lr_on_plateau", "greedy"}, EVALUATES),
 }
+COUNTS = {
+    "per_device_train_batch_size": "conversations",
+    "gradient_accumulation_steps": "batches",
+    "gates_by_layer_every": "logs",
+}
 
 
 def refuse_flags(args):
@@ -72,10 +78,13 @@ def refuse_flags(args):
         raise ValueError(
             f"--accelerator_config with dispatch_batches or uneven batches: {IN_STEP}."
         )
-    if args.gates_by_layer_every < 1:
-        raise ValueError(
-            f"--gates_by_layer_every is {args.gates_by_layer_every}; it counts logs, from 1."
-        )
+    for name, what in COUNTS.items():
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it counts {what}, from 1.")
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"--{field.name} is {value}; it must be a number.")
 
 
 def refuse_together(model_args, args):

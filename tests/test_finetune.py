@@ -368,6 +368,9 @@ def test_settings_come_from_a_file_and_flags_override_it(folder, tmp_path):
         ({"eval_strategy": "steps"}, "--eval_strategy .*: finetune.py does not evaluate"),
         ({"do_eval": True}, "--do_eval True: finetune.py does not evaluate"),
         ({"save_strategy": "best", "metric_for_best_model": "loss"}, "does not evaluate"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; it counts conv"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; it counts batch"),
+        ({"learning_rate": "nan"}, "learning_rate is nan; it must be a number"),
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length: it would read every"),
         ({"remove_unused_columns": "true"}, "--remove_unused_columns True"),
         ({"enable_jit_checkpoint": True}, "--enable_jit_checkpoint"),
@@ -444,7 +447,8 @@ def test_flags_that_reach_into_a_step_work_together(folder, tmp_path):
 
 @pytest.mark.parametrize("adapters", [{}, {"lora_r": 2, "merge_lora": True}], ids=["all", "lora"])
 def test_other_semantics_are_trained_and_saved(folder, tmp_path, adapters):
-    trainer = run(folder, tmp_path, semantics="released", max_steps=1, **adapters)
+    data = folder / "clips.jsonl"
+    trainer = run(data, tmp_path, semantics="released", max_steps=1, **adapters)
     assert trainer.base.config.text_config.nsa_semantics == "released"
     saved = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
     assert saved.text_config.nsa_semantics == "released"
