@@ -8,6 +8,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -143,6 +144,18 @@ class PlannedFile(_Planned):
             except Remeasure:
                 self.file = file.closed_copy()
                 raise
+        self._say_if_held(times)
+
+    def _say_if_held(self, times):
+        """Says where one picture stands for more than half of the frames of a plan."""
+        time, run = max(((t, list(same)) for t, same in groupby(times)), key=lambda x: len(x[1]))
+        if len(times) > len(run) > max(len(times) / 2, 4):
+            later = times[times.index(time) + len(run) :]
+            logger.warning_once(
+                f"{self.file.name}: {len(run)} of {len(times)} frames are one picture, on screen "
+                f"from {time:.1f} to {later[0] if later else self.file.duration:.1f} s. If it did "
+                "not stand still there, the recording paused or its clock was set: cut the gap out."
+            )
 
     def metadata(self, times=None) -> VideoMetadata:
         """Of the frames on screen at these times, or where the plan looks for them."""

@@ -413,6 +413,15 @@ def test_a_long_gap_before_the_last_picture(processor, folder, suffix, gop):
     assert [clips.number_in(frame) for frame in frames] == [0, 59, 59, 59, 59, 59]
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_leap_of_the_clock_is_noticed(processor, folder, suffix, caplog):
+    times = [100 * i + (600_000 if i >= 20 else 0) for i in range(40)]
+    path = clips.write_clip(folder / f"leap{suffix}", 40, times_ms=times)
+    frames, *_ = read(processor, path, num_frames=16)
+    assert [clips.number_in(frame) for frame in frames].count(19) == 15
+    assert "15 of 16 frames are one picture, on screen from 1.9 to " in caplog.text
+
+
 def test_a_low_mean_rate(processor, folder):
     path, times = clips.two_bursts(folder), [ms / 1000 for ms in clips.BURSTS_MS]
     for fps in (0.02, 0.1):
