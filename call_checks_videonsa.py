@@ -6,8 +6,11 @@ lie on a device are read once for a prompt, and never while decoding.
 
 import torch
 from transformers.cache_utils import StaticLayer
+from transformers.utils import logging
 
 from .media_features_videonsa import PIXELS, has_media, placeholders_of
+
+logger = logging.get_logger(__name__)
 
 _HOW_TO_CALL = (
     "Pass pixels, grids and input_ids as the processor returned them together. With a cache, "
@@ -192,11 +195,13 @@ def check_pixels(config, call: dict) -> None:
             )
 
 
-def check_media(model, call: dict) -> None:
+def check_media(model, call: dict, refuse: bool = True) -> None:
     """Raise ValueError unless a call's images and videos fit the placeholders in its tokens.
 
     For tokens that a user gives: each of their placeholders is one of this call's media. The grids
     of earlier turns may come again without their pixels. Waits for the tokens' device.
+    refuse: also where no media came at all; a notice says that placeholders are text then, as they
+    are to stock Qwen2.5-VL's forward.
     """
     encoded = call.get("mm_encoder_outputs") or {}
     input_ids, inputs_embeds = call.get("input_ids"), call.get("inputs_embeds")
@@ -219,10 +224,13 @@ def check_media(model, call: dict) -> None:
         found = int(found.sum())
         if pixels is None and found:
             grids = "" if grid is None else f"{kind}_grid_thw came without {name}. "
-            raise ValueError(
+            message = (
                 f"{grids}input_ids hold {found} placeholders of {kind}s, but no {name} came for "
                 f"them. {_HOW_TO_CALL}"
             )
+            if refuse or grids or has_media(call):
+                raise ValueError(message)
+            logger.warning_once(f"{message} They are read as text.")
         if pixels is None:
             continue
         tokens = int(grid.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2

@@ -198,7 +198,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
             check_mask(attention_mask, rows, cached + new)
         if has_media(call) or _is_prompt(tokens, cached):
             check_vocabulary(self.config, input_ids)
-            check_media(self, {**call, "mm_token_type_ids": mm_token_type_ids})
+            check_media(self, {**call, "mm_token_type_ids": mm_token_type_ids}, refuse=False)
 
         # State: which tokens are vision and which are padding, cached and new.
         state = state_in(cache, cached)  # None as long as there was only text

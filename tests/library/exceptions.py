@@ -11,6 +11,7 @@ EXCEPTIONS = {
     # Processors.
     "test_chat_template_message_objects": "a template finds images under `image`, never as `url`",
     "test_if_input_has_mismatching_tokens_and_mm_data": "an error of its own, with both counts",
+    "test_video_processor_explicit_none_preserved": "None asks for the default, not for False",
     "test_processor_from_and_save_pretrained": "saving adds auto_map to custom code, loading not",
     "test_processor_from_and_save_pretrained_as_nested_dict": "as above",
 }
