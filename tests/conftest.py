@@ -50,6 +50,16 @@ def opened(monkeypatch):
     return names
 
 
+# For the tests of the model.
+
+
+@pytest.fixture
+def prompts():
+    from tiny import Prompts
+
+    return Prompts()
+
+
 # For the tests of kernels.
 
 

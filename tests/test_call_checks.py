@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.utils import logging
 
-from tiny import FIRST_WORD, IMAGE, VIDEO, Prompts, make_model, stock_twin
+from tiny import FIRST_WORD, IMAGE, VIDEO, make_model, stock_twin
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": list(range(5))}
@@ -18,11 +18,6 @@ MEDIA = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_th
 @pytest.fixture(scope="module")
 def model():
     return make_model()
-
-
-@pytest.fixture
-def prompts():
-    return Prompts()
 
 
 def call(model, via, inputs):

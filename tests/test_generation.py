@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 from videonsa import generation_videonsa
 from videonsa.media_features_videonsa import MediaFeatures, chunks_of
 
-from tiny import VIDEO, Prompts, make_model, stock_twin
+from tiny import VIDEO, make_model, stock_twin
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}
 # A random model must not write placeholders: fed back with its media, they would stand for more.
@@ -20,11 +20,6 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": list(range
 @pytest.fixture(scope="module")
 def model():
     return make_model()
-
-
-@pytest.fixture
-def prompts():
-    return Prompts()
 
 
 @pytest.fixture

@@ -30,11 +30,6 @@ def model():
     return make_model()
 
 
-@pytest.fixture
-def prompts():
-    return Prompts()
-
-
 def logits(model, inputs, **kwargs):
     with torch.no_grad():
         return model(**inputs, **kwargs).logits
