@@ -83,9 +83,10 @@ class Replayed:
 
     def __init__(self, recording, model):
         self.recording, self.model = recording, model
+        recording.hidden_states = recording._step(model)
 
     def replay(self):
-        self.recording.hidden_states = self.recording._step(self.model)
+        self.recording.hidden_states.copy_(self.recording._step(self.model))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -163,6 +164,20 @@ def test_a_recording_goes_on_where_the_cache_grew(device, recorded, monkeypatch)
     assert recorded["recorded"] > 2 and recorded["replayed"] > 12
     without_recording(monkeypatch)
     assert torch.equal(tokens, model.generate(**inputs, **options))
+
+
+def test_what_a_step_returned_is_not_overwritten_by_the_next(device, recorded, monkeypatch):
+    model, prompts, seen = model_on(device), Prompts(), []
+    inputs = on(device, prompts.batch(*rows_of(prompts)))
+    model.model.register_forward_hook(lambda *call: seen.append(call[2].last_hidden_state))
+    model.generate(**inputs, **GREEDY)
+    assert recorded["replayed"]
+    kept, seen[:] = seen[1:], []
+    without_recording(monkeypatch)
+    model.generate(**inputs, **GREEDY)
+    largest = max(float(x.abs().max()) for x in kept)
+    for ours, wanted in zip(kept, seen[1:], strict=True):
+        assert (ours - wanted).abs().max() <= 3e-4 * largest
 
 
 class Stop(StoppingCriteria):
