@@ -192,34 +192,35 @@ def checked_array(array: torch.Tensor, what: str) -> torch.Tensor:
 
 
 def warn_of_scale(pixels, what: str, rescale: bool, normalize: bool):
-    """Says of arrays, in lists or alone, that their values are not those that the settings take.
+    """Says of pixels, in lists or alone, that their values are not those that the settings take.
 
+    pixels: arrays as `checked_array` has them; pictures and files, which have 8 bits.
     rescale: values of 0 to 255 are divided by 255.  normalize: the mean of values up to 1 is taken
     off. Floating-point numbers up to 1 become almost black where they are rescaled.
     """
     if isinstance(pixels, (list, tuple)):
         for item in pixels:
             warn_of_scale(item, what, rescale, normalize)
-    elif isinstance(pixels, torch.Tensor) and pixels.numel():
+        return
+    low, high, fractions = 0, 255, False
+    if isinstance(pixels, torch.Tensor) and not (rescale and pixels.dtype == torch.uint8):
         low, high = pixels.min().item(), pixels.max().item()
-        if low < 0 and (rescale or normalize):
-            logger.warning_once(
-                f"{what} hold values below 0, as normalized ones do, and would be normalized once "
-                "more: say do_rescale=False and do_normalize=False, or give 0 to 255."
-            )
-        elif rescale and pixels.is_floating_point() and 0 < high <= 1:
-            logger.warning_once(
-                f"{what} hold floating-point numbers up to 1, which are taken for values of 0 to "
-                "255 and so for almost black: say do_rescale=False, or give 0 to 255."
-            )
-        elif not rescale and normalize and high > 1:
-            logger.warning_once(NOT_RESCALED.format(what))
-
-
-NOT_RESCALED = (
-    "{} hold values of 0 to 255, which do_rescale=False leaves so, but do_normalize takes values "
-    "up to 1: leave do_rescale out, or say do_normalize=False too."
-)
+        fractions = pixels.is_floating_point()
+    if low < 0 and (rescale or normalize):
+        logger.warning_once(
+            f"{what} hold values below 0, as normalized ones do, and would be normalized once "
+            "more: say do_rescale=False and do_normalize=False, or give 0 to 255."
+        )
+    elif rescale and fractions and 0 < high <= 1:
+        logger.warning_once(
+            f"{what} hold floating-point numbers up to 1, which are taken for values of 0 to "
+            "255 and so for almost black: say do_rescale=False, or give 0 to 255."
+        )
+    elif not rescale and normalize and high > 1:
+        logger.warning_once(
+            f"{what} hold values of 0 to 255, which do_rescale=False leaves so, but do_normalize "
+            "takes values up to 1: leave do_rescale out, or say do_normalize=False too."
+        )
 
 
 def playable(source):

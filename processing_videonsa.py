@@ -31,7 +31,6 @@ from .message_parts_videonsa import (
 )
 from .pictures_videonsa import (
     IMAGE_SETTINGS,
-    NOT_RESCALED,
     as_image_part,
     load_image_or_array,
     playable,
@@ -198,8 +197,8 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
             if isinstance(planned, PlannedFrames):
                 # Before they are resized, which can go beyond 1.
                 warn_of_scale(planned.frames, "Frames", **scale)
-            elif scale == {"rescale": False, "normalize": True}:
-                logger.warning_once(NOT_RESCALED.format("Videos"))
+            else:
+                warn_of_scale(planned.file, "Videos", **scale)
             return self._begin(video, planned, progress)
 
         readings = map(begin, videos, metadata)
@@ -374,7 +373,7 @@ class _Reading(NamedTuple):
 
 
 def _scale(processor, given):
-    """What becomes of values, by a call's settings or else the processor's."""
+    """Whether values are rescaled and normalized, by a call's settings or else the processor's."""
     scale = {}
     for name in ("rescale", "normalize"):
         own = given.get(f"do_{name}")
@@ -526,8 +525,10 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             (self.image_token, "image"): count_by_sample(images, text, count_images),
             (self.video_token, "video"): count_by_sample(videos, text, count_videos),
         }
-        if images is not None:  # an empty list is none
-            images = self.load_images(images) if count_images(images) else None
+        if not count_images(images):  # an empty list is none
+            images = None
+        if images is not None:
+            images = self.load_images(images)
             own = {**kwargs, **(kwargs.get("images_kwargs") or {})}
             warn_of_scale(images, "Images", **_scale(self.image_processor, own))
         if videos is not None:

@@ -505,6 +505,15 @@ def test_a_file_that_is_normalized_without_rescaling_is_noticed(processor, folde
     assert "Videos hold values of 0 to 255" in caplog.text
 
 
+def test_a_picture_that_is_normalized_without_rescaling_is_noticed(processor, caplog):
+    image = message({"type": "image", "image": Image.fromarray(clips.frame_image(1, 56, 84))})
+    take(processor, image)
+    take(processor, image, do_rescale=False, do_normalize=False)
+    assert not caplog.text
+    take(processor, image, do_rescale=False)
+    assert "Images hold values of 0 to 255" in caplog.text
+
+
 def test_lists_that_tables_give_as_arrays(processor, folder):
     plain = message({"type": "video", "video": str(folder / "clip.mp4")})
     expected = take(processor, plain)
