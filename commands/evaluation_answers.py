@@ -166,8 +166,9 @@ _DENIED_LATER = re.compile(rf"\s+{_FITS}[^.;\n]*\b(?:but|which is not|not shown|
 
 # What leads to the option that is meant, "the right choice is", "Answer:", "so", or confirms it.
 _CUE = (
-    # Not "each option:", which leads to all of them.
+    # Not "each option:", "each possible answer:", which lead to all of them.
     r"(?<!\beach )(?<!\bevery )(?<!\ball )(?<!\bany )(?<!\bboth )(?<!\bother )(?<!\banswer )"
+    r"(?<!\bby )(?<!\bpossible )(?<!\bcandidate )"
     r"\b(?:ans(?:wer(?:'?s)?|\.)?|(?:option|choice|letter)(?=\s*(?:is\b|:|=|would|should|must))|"
     + _any(
         r"correction, actually(?=[^\w\s]), choose, chose, select, pick, go(?:ing)? with, conclude",
@@ -182,10 +183,14 @@ _CUE = (
     + r"\b[\s,:=>-]*)*"
 )
 # What says that the options are gone through, which names them all: "Let's evaluate each choice:".
+# A letter alone after it is no list: "After weighing the options: B."
 _GOES_THROUGH = re.compile(
-    r"\b(?:analy[sz]\w*|evaluat\w*|examin\w*|assess\w*|consider\w*|review\w*|compar\w*|look\w* at|"
-    r"go\w* (?:through|over)|break\w* down|check\w*)\b[^.:,\n]*"
-    r"\b(?:options?|choices?|answers?|possibilit\w+|candidates?|one by one)\b[\w' ]{0,40}[:.\n]",
+    r"(?:\b(?:analy[sz]\w*|evaluat\w*|examin\w*|assess\w*|consider\w*|review\w*|compar\w*|"
+    r"look\w* at|go\w* (?:through|over)|break\w* down|check\w*|discuss\w*|weigh\w*|verif\w*|"
+    r"test\w*|tak\w*|rul\w* out|eliminat\w*|each|every)\b[^.:,\n]*"
+    r"\b(?:options?|choices?|answers?|alternatives?|possibilit\w+|candidates?|one by one)"
+    r"|\b(?:option by option|(?:options?|choices?|answers?) analysis))\b[\w' ]{0,40}[:.\n]"
+    r"(?!\W*[A-Z]\W*$)",
     re.IGNORECASE,
 )
 _LED = re.compile(rf"(?:{_CUE}|(?:答案|选项?|選|选择|应选)\s*(?:是|为|:)?\s*)$", re.IGNORECASE)
@@ -266,7 +271,8 @@ def _meant(text, words, offered):
     mentions = _mentions(text)
     if led := [one for one in mentions if one.led]:
         return set(led[-1].letters)
-    if _GOES_THROUGH.search(text):
+    through = _GOES_THROUGH.search(text)
+    if through and not (mentions and mentions[0].start < through.start()):
         return set()  # an item of the list is no answer, and where it breaks off none came
     marked = set().union(*(one.letters for one in mentions if one.marked))
     if mentions and re.match(r"[.:,)]|\s*(\n|$)", text[mentions[0].end :]):

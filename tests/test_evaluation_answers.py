@@ -678,6 +678,12 @@ LISTS = [
         "Here is the analysis of each answer:",
         "Let's go through the options one by one:",
         "Step 1: Evaluate each option.",
+        "Let's discuss each option:",
+        "Let's rule out options:",
+        "We test every possible answer:",
+        "Here are my thoughts on each option:",
+        "Going option by option:",
+        "Option analysis:",
     ],
 )
 def test_an_option_of_a_list_that_is_gone_through_is_no_answer(begin, listed):
@@ -685,6 +691,8 @@ def test_an_option_of_a_list_that_is_gone_through_is_no_answer(begin, listed):
     text = f"{begin}\n\n{listed}"
     assert read_answer(text, options) is None
     assert read_answer(f"{text}\n\nTherefore, the correct answer is **C**.", options) == "C"
+    assert read_answer(f"{begin}\n\n**C**.", options) == "C"
+    assert read_answer(f"(C) a dog. {begin}", options) == "C"
 
 
 @pytest.mark.parametrize(
