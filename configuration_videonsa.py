@@ -63,6 +63,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         flash-linear-attention that the original brings along to evaluate with; "first_and_last_two"
         as in that library's version 0.3.1, which its instructions for training may have installed.
     nsa_backend: "auto" (Triton on a CUDA device, the reference elsewhere), "triton", "reference".
+        Under "released", the compressed branch and the choice of blocks are PyTorch with each.
     """
 
     model_type = "videonsa_text"

@@ -27,19 +27,17 @@ Because a query sees later blocks, and the misread sums depend on the prompt's l
 to be read whole: nothing is right before all of it is there. Tokens that follow, one at a time or
 as a later turn of text, attend densely, as in the original.
 
-Shapes and numbers are those of nsa_reference.py; W is the number of spread heads. This file imports
-no other of this project: `functions` brings the branches that are the paper's.
+`functions` brings what is the paper's, in kernels or in PyTorch as `nsa_backend` says: the selected
+and the window branch, and dense attention. The compressed branch and the choice of blocks are plain
+PyTorch on every device, under every `nsa_backend`. This file imports no other of this project.
+Shapes and numbers are those of nsa_reference.py; W is the number of spread heads.
 """
 
 import torch
 
 # Scores of one chunk of queries: fits a CPU's cache; few calls and 256 MiB on a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
-MASKS = ("reversed", "causal")
-FORCED = ("own", "first_and_last_two")
-HEADS_PER_KEY_HEAD = (
-    16  # as many query heads must share a key/value head at least, and a power of 2
-)
+HEADS_PER_KEY_HEAD = 16  # at least as many query heads share a key/value head; a power of two
 TEXT_GATE = 0.5  # sigmoid(0)
 
 

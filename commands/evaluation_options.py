@@ -13,8 +13,6 @@ _LISTED = re.compile(
     r"^[ \t]*(?:[-*•][ \t]+)?[*_]*(?:\(([A-Za-z])\)|\(?([A-Z])[.):、])[*_]*[ \t]*(\S.*)$",
     re.MULTILINE,
 )
-
-
 # A line that answers a question before the one that is asked.
 _ANSWERED = re.compile(
     r"^\W*(?:(?:the\s+)?(?:(?:correct|best|final)\s+)?answer(?:\s+is)?|assistant|response)\W*[\s:]\W*"
