@@ -149,7 +149,7 @@ class PlannedFile(_Planned):
     def _say_if_held(self, times):
         """Says where one picture stands for more than half of the frames of a plan."""
         time, run = max(((t, list(same)) for t, same in groupby(times)), key=lambda x: len(x[1]))
-        if len(times) > len(run) > max(len(times) / 2, 4):
+        if len(run) > max(len(times) / 2, 4):
             later = times[times.index(time) + len(run) :]
             logger.warning_once(
                 f"{self.file.name}: {len(run)} of {len(times)} frames are one picture, on screen "

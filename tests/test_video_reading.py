@@ -422,6 +422,14 @@ def test_a_leap_of_the_clock_is_noticed(processor, folder, suffix, caplog):
     assert "15 of 16 frames are one picture, on screen from 1.9 to " in caplog.text
 
 
+def test_a_leap_of_the_clock_after_the_first_frame_is_noticed(processor, folder, caplog):
+    times = [100 * i + (600_000 if i else 0) for i in range(40)]
+    path = clips.write_clip(folder / "leap_at_once.mp4", 40, times_ms=times)
+    frames, *_ = read(processor, path, num_frames=16)
+    assert {clips.number_in(frame) for frame in frames} == {0}
+    assert "16 of 16 frames are one picture, on screen from 0.0 to 604.0 s" in caplog.text
+
+
 def test_a_low_mean_rate(processor, folder):
     path, times = clips.two_bursts(folder), [ms / 1000 for ms in clips.BURSTS_MS]
     for fps in (0.02, 0.1):
