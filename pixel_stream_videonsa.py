@@ -28,8 +28,8 @@ class PixelStream:
     From the first slice on a thread decodes, and waits when it is 128 MiB of pixels ahead (two
     groups of temporal steps, where those take more). With the slice itself, the overlap, the group
     being made, and 128 MiB of frames where several readers decode, that is the host memory of a
-    stream, however long its videos are. `close()`,
-    the end of a `with` block, an error, Ctrl-C and garbage collection stop the thread.
+    stream, however long its videos are. `close()`, the end of a `with` block, an error, Ctrl-C and
+    garbage collection stop the thread.
 
     Raises ValueError for rows that are gone, and where it is reached for what is wrong with a
     video and could not be known before.

@@ -21,7 +21,7 @@ from .video_source_videonsa import PYAV
 
 logger = logging.get_logger(__name__)
 
-THREADS = "VideoReader"  # the name of each thread
+THREAD_NAME = "VideoReader"
 # Frames that have to be decoded for a group, at least. To open a container costs as much as to
 # decode 30 to 65 frames of 640 x 360 pixels (docs/log.md).
 GROUP_FRAMES = 64
@@ -83,7 +83,9 @@ def group_times(file: VideoFile, seconds: list[float]) -> list[tuple[int, int]]:
     """
     if file.in_order or file.source.is_url:
         return [(0, len(seconds))]
-    starts, frames, last = [0], 0.0, 0.0
+    # What leads to the first frame is not counted, so that the second is of its group: no reader
+    # starts for a first temporal step, which is read before anybody wants the rest.
+    starts, frames, last = [0], 0.0, seconds[0]
     for number, second in enumerate(seconds):
         key = file.key_before(second)
         if frames >= GROUP_FRAMES and key > last:
@@ -159,7 +161,7 @@ def one_thread_beside_readers():
     A pool of threads that share a computation would wait for the ones that get no core.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or not any(thread.name == THREADS for thread in threading.enumerate()):
+    if threads == 1 or not any(thread.name == THREAD_NAME for thread in threading.enumerate()):
         yield
         return
     torch.set_num_threads(1)
@@ -193,7 +195,7 @@ class _Readers:
         for file in files:
             file.one_of_several = True
             self.threads.append(
-                threading.Thread(target=self._work, args=(file,), name=THREADS, daemon=True)
+                threading.Thread(target=self._work, args=(file,), name=THREAD_NAME, daemon=True)
             )
 
     def frames(self):

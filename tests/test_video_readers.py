@@ -466,6 +466,16 @@ def test_a_stream_with_readers_ends(processor, keyed, readers_of):
     assert not running()
 
 
+def test_no_reader_starts_before_a_stream_is_read(processor, folder, monkeypatch):
+    """Also of a part that begins far from a key frame."""
+    monkeypatch.setattr(loaded(processor, "video_readers"), "AHEAD_BYTES", 1)
+    path = clips.write_clip(folder / "part.mp4", 900, options={"g": "100", "keyint_min": "100"})
+    settings = {"video_start": 8, "num_frames": 10, "video_readers": 2, "stream": True}
+    out = processor.video_processor([str(path)], **settings)
+    assert not running()
+    out["pixel_values_videos"].close()
+
+
 @pytest.mark.parametrize("readers", [1, 3])
 def test_patches_are_made_while_frames_are_read(processor, keyed, readers_of, monkeypatch, readers):
     monkeypatch.setattr(loaded(processor, "processing"), "GROUP_STEPS", 1)
@@ -496,7 +506,7 @@ def test_readers_lay_frames_out_for_the_thread_that_stacks_them(processor, keyed
 
 def test_one_thread_computes_beside_readers():
     end = threading.Event()
-    reader = threading.Thread(target=end.wait, name=video_readers_videonsa.THREADS)
+    reader = threading.Thread(target=end.wait, name=video_readers_videonsa.THREAD_NAME)
     torch.set_num_threads(2)
     try:
         with video_readers_videonsa.one_thread_beside_readers():
