@@ -40,6 +40,7 @@ from commands.checkpoint_files import (
     TOKENIZER_FILES,
     copy_code,
     file_inside,
+    indexed_files,
     listed_files,
     upload,
 )
@@ -229,10 +230,7 @@ def weight_files(folder):
             f"{folder} has neither {SINGLE} nor {INDEX}. Other formats (.bin, .pt, .gguf) are not "
             "read: load the source in transformers and save it with save_pretrained first."
         )
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not (isinstance(weight_map, dict) and all(isinstance(n, str) for n in weight_map.values())):
-        raise ValueError(f"{folder / INDEX} has no weight_map of keys to files: fetch it again.")
-    names = sorted(set(weight_map.values()))
+    names = sorted(indexed_files(folder / INDEX))
     lost = [name for name in names if not file_inside(folder, name).is_file()]
     if lost:
         raise FileNotFoundError(

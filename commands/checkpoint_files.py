@@ -140,7 +140,7 @@ def check_weights(folder: Path, names: list[str]):
     ValueError where others lie beside them: loading reads SINGLE before INDEX, and nothing else.
     """
     source = f"its {INDEX} names" if INDEX in names else f"it needs without {INDEX}"
-    wanted = _indexed_files(folder / INDEX) if INDEX in names else {SINGLE}
+    wanted = indexed_files(folder / INDEX) if INDEX in names else {SINGLE}
     present = {name for name in names if name.endswith(".safetensors")}
     absent, others = sorted(wanted - present), sorted(present - wanted)
     if absent and not others:
@@ -153,12 +153,15 @@ def check_weights(folder: Path, names: list[str]):
         )
 
 
-def _indexed_files(index):
+def indexed_files(index: Path) -> set[str]:
+    """Names of the weight files that an INDEX names; ValueError where it names none."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         return {str(name) for name in weight_map.values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} has no weight_map of keys to files: make it again.") from error
+        raise ValueError(
+            f"{index} has no weight_map of keys to files: fetch it or make it again."
+        ) from error
 
 
 def file_inside(folder: str | Path, name: str) -> Path:

@@ -18,7 +18,15 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from commands.checkpoint_files import ADAPTER_WEIGHTS, copy_code, listed_files, upload
+from commands.checkpoint_files import (
+    ADAPTER_WEIGHTS,
+    INDEX,
+    SINGLE,
+    copy_code,
+    indexed_files,
+    listed_files,
+    upload,
+)
 from commands.finetuning_model import run_dtype
 from commands.model_card import HUB_ID, find_file, make_card
 
@@ -173,7 +181,7 @@ def check_keys(model, checkpoint: Path):
     are compared when they are loaded.
     """
     adapter, is_adapter = checkpoint / ADAPTER_WEIGHTS, hasattr(model, "peft_config")
-    index, single = checkpoint / "model.safetensors.index.json", checkpoint / "model.safetensors"
+    index, single = checkpoint / INDEX, checkpoint / SINGLE
     if adapter.exists() != is_adapter and (adapter.exists() or index.exists() or single.exists()):
         raise ValueError(
             f"{checkpoint} has {'an adapter' if adapter.exists() else 'whole weights'}, but this "
@@ -275,14 +283,14 @@ def complete_folder(folder: str | Path, whole: bool, papers: Papers):
     folder = Path(folder)
     if not is_loadable(folder):
         return
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / INDEX, folder / SINGLE
     stale = [folder / "config.json", index, *folder.glob("model*.safetensors")]
     if whole:
         copy_code(folder)
         stale = [folder / "adapter_config.json", folder / ADAPTER_WEIGHTS]
         if index.exists():
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-            stale.append(single if all((folder / one).exists() for one in shards) else index)
+            shards = [folder / name for name in indexed_files(index)]
+            stale.append(single if all(shard.exists() for shard in shards) else index)
     for path in stale:
         path.unlink(missing_ok=True)
     card = papers.card if whole else papers.adapter_card
