@@ -231,9 +231,10 @@ class VideoFile:
                 )
         matrix = MATRICES.get(int(frame.colorspace))
         # By default, a conversion starts a thread for each core.
-        how = {"threads": 1} if self.one_of_several and PYAV >= 18 else {}
+        threads = {"threads": 1} if self.one_of_several and PYAV >= 18 else {}
+        colours = {}
         if matrix is not None:
-            how |= {
+            colours = {
                 "src_colorspace": matrix,
                 "dst_colorspace": BT601,  # RGB has none, but PyAV 15 looks for a difference
                 "src_color_range": int(frame.color_range) or LIMITED_RANGE,
@@ -242,8 +243,8 @@ class VideoFile:
         try:
             if frame.format.name == "cuda":
                 # It comes as NV12, from which the conversion to RGB rounds differently.
-                frame = frame.reformat(format=self.pixel_format)
-            rgb = frame.reformat(format="rgb24", **how)
+                frame = frame.reformat(format=self.pixel_format, **threads)
+            rgb = frame.reformat(format="rgb24", **threads, **colours)
             return self.orientation.show(rgb.to_ndarray())
         except av.FFmpegError as error:
             raise self._error(f"has a frame that cannot be shown ({error.strerror})") from error
