@@ -261,7 +261,8 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
 
 def _announce_semantics(config_dict, asked):
     """Say so where weights are to run with other semantics than they were trained with."""
-    own = (config_dict.get("text_config") or config_dict).get("nsa_semantics", "paper")
+    text = config_dict.get("text_config") or {}
+    own = {"nsa_semantics": "paper", **text, **config_dict}["nsa_semantics"]
     if asked not in (None, own):
         logger.warning(
             f"these weights were trained with nsa_semantics={own!r}; as asked for, they run with "

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, DynamicCache
 from videonsa import nsa_kernels, nsa_reference, nsa_released
-from videonsa.configuration_videonsa import VideoNSATextConfig
+from videonsa.configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from videonsa.positions_videonsa import rope_index
 
 from paths import ROOT
@@ -149,6 +149,15 @@ def test_a_switch_is_said_once(asked, caplog):
     assert model.config.text_config.nsa_semantics == asked
     lines = [line for line in caplog.messages if "were trained with nsa_semantics='paper'" in line]
     assert len(lines) == (asked == "released")
+
+
+@pytest.mark.parametrize("asked", ["paper", "released"])
+@pytest.mark.parametrize("beside", [{}, {"text_config": {"nsa_semantics": "paper"}}])
+def test_a_switch_is_told_from_what_a_flat_configuration_says(asked, beside, caplog):
+    """A field beside text_config counts before the one in it."""
+    with caplog.at_level(logging.WARNING):
+        VideoNSAConfig.from_dict({"nsa_semantics": "released", **beside}, nsa_semantics=asked)
+    assert ("trained with nsa_semantics='released'" in caplog.text) == (asked == "paper")
 
 
 @pytest.mark.parametrize(
