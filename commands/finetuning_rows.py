@@ -216,19 +216,22 @@ def _check_options(messages, row):
     asked = "\n".join(part.get("text", "") for part in users)
     options = [option for key in found for option in _leaves(row[key])]
     options = [re.sub(r"^\s*\(?[A-Za-z][.):]\s*", "", str(option)).strip() for option in options]
-    if any(not re.search(rf"(?<!\w){re.escape(option)}(?!\w)", asked) for option in options):
+    if not all(_has_words(asked, option) for option in options):
         raise ValueError(
             f"the row has {', '.join(found)}, as options of its question, which has not all of "
             "them: write them into its text ('A. ...'), and the answer as it is to be given there"
         )
-    for part in all_parts([one for one in messages if one["role"] == "assistant"] if found else []):
-        if re.fullmatch(r"[A-Za-z]|\d+", part["text"]) and not re.search(
-            rf"(?<!\w){part['text']}(?!\w)", asked
-        ):
+    answers = [one for one in messages if one["role"] == "assistant"] if found else []
+    for text in (part["text"] for part in all_parts(answers)):
+        if re.fullmatch(r"[A-Za-z]|\d+", text) and not _has_words(asked, text):
             raise ValueError(
-                f"the answer {part['text']} counts the options in {', '.join(found)}, but is not "
-                "in the question: give it as it is to be said"
+                f"the answer {text} counts the options in {', '.join(found)}, but is not in the "
+                "question: give it as it is to be said"
             )
+
+
+def _has_words(text, words):
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 
 def _leaves(value):
