@@ -197,6 +197,8 @@ def name_of_model(settings):
     attention = settings["attention"]
     parts = [Path(settings["checkpoint"]["name"]).resolve().name, attention["asked"]]
     if attention["asked"] == "sparse":
+        if attention["semantics"] != "paper":
+            parts.append(f"{attention['semantics']} semantics")
         gates = [branch for branch, is_open in attention["gates"].items() if is_open]
         parts.append("+".join(gates) if len(gates) < len(BRANCHES) else "all branches")
         parts.append(f"b{attention['selected_blocks']} w{attention['window']}")

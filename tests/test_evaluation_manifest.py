@@ -12,6 +12,7 @@ from nsa_rules import BRANCHES
 def manifest(score, scored, date):
     attention = {
         "asked": "sparse",
+        "semantics": "paper",
         "gates": dict.fromkeys(BRANCHES, True),
         "selected_blocks": 4,
         "window": 32,
@@ -35,6 +36,14 @@ def table(folder, *manifests):
     for index, one in enumerate(manifests):
         (folder / f"{index}_manifest_clips_8.json").write_text(json.dumps(one))
     return compare([folder])
+
+
+def test_semantics_have_columns_of_their_own(tmp_path):
+    paper, released = manifest(0.1, 80, "20260101"), manifest(0.2, 80, "20260102")
+    released["settings"]["attention"]["semantics"] = "released"
+    text = table(tmp_path, paper, released)
+    assert "| clips_8 | accuracy | 0.1 | 0.2 |" in text
+    assert "sparse, released semantics, all branches" in text
 
 
 def test_the_newest_of_the_largest_runs_counts(tmp_path):
