@@ -231,10 +231,9 @@ class VideoFile:
                 )
         matrix = MATRICES.get(int(frame.colorspace))
         # By default, a conversion starts a thread for each core.
-        threads = {"threads": 1} if self.one_of_several and PYAV >= 18 else {}
-        colours = {}
+        how = {"threads": 1} if self.one_of_several and PYAV >= 18 else {}
         if matrix is not None:
-            colours = {
+            how |= {
                 "src_colorspace": matrix,
                 "dst_colorspace": BT601,  # RGB has none, but PyAV 15 looks for a difference
                 "src_color_range": int(frame.color_range) or LIMITED_RANGE,
@@ -243,8 +242,8 @@ class VideoFile:
         try:
             if frame.format.name == "cuda":
                 # It comes as NV12, from which the conversion to RGB rounds differently.
-                frame = frame.reformat(format=self.pixel_format, **threads)
-            rgb = frame.reformat(format="rgb24", **threads, **colours)
+                frame = frame.reformat(format=self.pixel_format)
+            rgb = frame.reformat(format="rgb24", **how)
             return self.orientation.show(rgb.to_ndarray())
         except av.FFmpegError as error:
             raise self._error(f"has a frame that cannot be shown ({error.strerror})") from error
