@@ -44,7 +44,6 @@ class VideoPlan:
     def describe(self) -> str:
         """One line: "412 s at 2 fps = 768 of 824 frames (frame cap), 168x280, 23,040 tokens"."""
         rate = "" if self.fps is None else f" at {self.fps:g} fps"
-        seconds = f"{self.duration:.0f}" if self.duration >= 100 else f"{self.duration:.3g}"
         frames = f"{self.frames} frame{'s' * (self.frames != 1)}"
         if self.frames < self.requested:
             frames = f"{self.frames} of {self.requested} frames"
@@ -53,7 +52,15 @@ class VideoPlan:
         size = f"{self.height}x{self.width}"
         if self.size_reason:
             size += f" ({self.size_reason})"
-        return f"{seconds} s{rate} = {frames}, {size}, {self.tokens:,} tokens"
+        return f"{describe_time(self.duration)}{rate} = {frames}, {size}, {self.tokens:,} tokens"
+
+
+def describe_time(seconds: float) -> str:
+    """A length or a time in a video: "7.5 s", "412 s", and from ten minutes on "0:12:30"."""
+    whole = round(seconds)
+    if whole < 600:
+        return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 def check_frame_size(height: int, width: int, name: str):

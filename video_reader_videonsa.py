@@ -81,7 +81,7 @@ class VideoFile:
     duration: seconds from the first frame to the end of the last.  frames, rate: how many, per
     second (of a file of changing rate: the mean).  height, width: of the shown picture, turned
     upright and with square pixels.  in_order: true when seeking cannot be trusted and the file is
-    decoded from its start.
+    decoded from its start.  has_sound: whether it has a track of sound, which is never read.
 
     Raises ValueError for a file that is empty, not a video, without a picture track, damaged at its
     start or cut short, and for frames that are too large.
@@ -608,6 +608,7 @@ class VideoFile:
         if not pictures:
             tracks = sorted({stream.type for stream in self.container.streams}) or ["none"]
             raise self._error(f"has no picture track (tracks: {', '.join(tracks)})")
+        self.has_sound = bool(self.container.streams.audio)
         default = av.stream.Disposition.default
         self.stream = next((s for s in pictures if s.disposition & default), pictures[0])
         context = self.stream.codec_context

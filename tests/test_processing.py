@@ -109,6 +109,10 @@ def test_a_plan_says_what_it_chose_and_why():
     assert plan_video(0.04, 1, 96, 160, max_pixels=12544).describe() == (
         "0.04 s at 2 fps = 1 frame, 84x140, 15 tokens"
     )
+    two_hours = plan_video(7200, 216000, 241, 427, max_pixels=50176).describe()
+    assert two_hours.startswith("2:00:00 at 2 fps = 768 of 14400 frames (frame cap), ")
+    assert plan_video(599, 17970, 96, 160).describe().startswith("599 s at")
+    assert plan_video(601.4, 18042, 96, 160).describe().startswith("0:10:01 at")
 
 
 def test_total_pixels_shrink_frames_and_then_give_some_up(caplog):

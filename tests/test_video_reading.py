@@ -283,6 +283,12 @@ def test_sound_that_outlasts_the_picture(processor, folder, suffix):
     assert check(frames, metadata, TENTHS, 4) == [0, 5, 10, 15, 20, 25, 30, 35]
 
 
+@pytest.mark.parametrize("sound", [0, 1])
+def test_a_track_of_sound_is_seen(tmp_path, sound):
+    with VideoFile(str(clips.write_clip(tmp_path / "clip.mp4", 10, sound=sound))) as file:
+        assert file.has_sound == bool(sound)
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_a_late_start(processor, folder, suffix):
     frames, metadata, _ = read(processor, clips.late_start(folder, suffix), fps=1)
