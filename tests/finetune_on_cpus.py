@@ -16,16 +16,17 @@ from paths import ROOT
 sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
+from commands import finetuning_arguments  # noqa: E402
 
 
-class Arguments(finetune.FinetuneArguments):
+class Arguments(finetuning_arguments.FinetuneArguments):
     def __post_init__(self):
         super().__post_init__()
         kinds = DistributedType
         PartialState().distributed_type = kinds.MULTI_GPU if self.fsdp else kinds.MULTI_CPU
 
 
-finetune.FinetuneArguments = Arguments
+finetuning_arguments.FinetuneArguments = Arguments
 for argv in json.loads(sys.argv[1]):
     AcceleratorState._reset_state()
     trainer = finetune.main(argv)

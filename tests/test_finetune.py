@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import finetune
 import tiny
 from commands import finetuning_model
 from commands.checkpoint_files import REQUIRED_FILES, listed_files
+from commands.finetuning_arguments import COMMON, ModelArguments
 from commands.finetuning_data import REPORT, Collator, Conversations
 from commands.finetuning_flags import REFUSED
 from commands.finetuning_model import part_of
@@ -319,11 +321,25 @@ def test_a_dry_run_measures_and_trains_nothing(folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == [REPORT]
 
 
-def test_help_explains_every_flag(capsys):
+def printed_help(capsys, *arguments):
     with pytest.raises(SystemExit, match="0"):
-        finetune.parse(["--help"])
-    printed = capsys.readouterr().out
-    assert finetune.__doc__ in printed and "set.json%50" in printed
+        finetune.parse(["--help", *arguments])
+    return capsys.readouterr().out
+
+
+def test_help_shows_what_most_runs_set_and_all_where_it_is_asked_for(capsys):
+    short, everything = printed_help(capsys), printed_help(capsys, "all")
+    assert finetune.__doc__ in short and "set.json%50" in short
+    own = {*vars(ModelArguments)["__dataclass_fields__"], "gate_lr", *COMMON}
+    own = {name for name in own if not name.startswith("_")}
+    assert all(re.search(rf"^  --{name}\b.*(\s{{2,}}|\n\s+)\w", short, re.M) for name in own)
+    assert "--neftune_noise_alpha" in everything and "--neftune_noise_alpha" not in short
+    assert len(short.splitlines()) < 100 < len(everything.splitlines())
+
+
+def test_a_mistyped_flag_is_told_from_what_was_meant():
+    with pytest.raises(ValueError, match="there is no --gat_lr 1. Did you mean --gate_lr?"):
+        finetune.parse(flags("x.json", "out", gat_lr=1))
 
 
 def test_settings_come_from_a_file_and_flags_override_it(folder, tmp_path):
