@@ -15,18 +15,17 @@ one, and lines that begin with a slash are commands:
 """
 
 import argparse
+import functools
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import find_adapter_config_file, logging
+from transformers import AutoProcessor
+from transformers.utils import logging
 
 from commands.conversation import Conversation, is_media
-from commands.forecast import forecast
+from commands.model_loading import prepare_model
 
 COMMANDS = (
     "/video PATH and /image PATH add a file to the question that follows, /reset forgets the "
@@ -98,70 +97,6 @@ def fail(message):
     sys.exit(2)
 
 
-def prepare_model(options):
-    """How to load the model, how to forecast its memory, the tokens it was made for.
-
-    The configuration is read now, so that what cannot work is refused before any video is opened.
-    """
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "auto":
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--device {device} cannot be used here: {reason}") from error
-    config, base = read_config(options.model)
-    text = config.text_config
-    if options.backend is not None:
-        # Made anew, so that an unknown backend is refused now.
-        config.text_config = type(text).from_dict(
-            {**text.to_dict(), "nsa_backend": options.backend}
-        )
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-
-    def load_model():
-        model = AutoModelForImageTextToText.from_pretrained(
-            base, config=config, trust_remote_code=True, dtype=dtype, device_map=device
-        )
-        if base == options.model:
-            return model
-        import peft  # needed for adapters only
-
-        return peft.PeftModel.from_pretrained(model, options.model)
-
-    def forecast_memory(prompt_tokens, vision_tokens, new_tokens):
-        return forecast(
-            config,
-            prompt_tokens,
-            vision_tokens=vision_tokens,
-            new_tokens=new_tokens,
-            dtype=dtype,
-            # What "auto" puts on which device is not known before it is done.
-            device=None if device == "auto" else device,
-        )
-
-    return load_model, forecast_memory, text.max_position_embeddings
-
-
-def read_config(model):
-    """The configuration of a checkpoint or of an adapter's base, and where the base is.
-
-    Raises ValueError for another kind of model, before anything large is read.
-    """
-    base = model
-    if adapter := find_adapter_config_file(model):
-        base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    config = AutoConfig.from_pretrained(base, trust_remote_code=True)
-    if config.model_type == "qwen2_5_vl":
-        raise ValueError(
-            f"{base} is a Qwen2.5-VL without gates: convert it first, with python "
-            f"convert_checkpoint.py {shlex.quote(base)} FOLDER, and give that folder"
-        )
-    if config.model_type != "videonsa":
-        raise ValueError(f"{base} is a {config.model_type} model, not a VideoNSA")
-    return config, base
-
-
 def read_questions(conversation, pending):
     """Yields (files, question) from the lines of stdin; does what the commands among them say.
 
@@ -200,7 +135,7 @@ def read_questions(conversation, pending):
 
 
 def make_conversation(options):
-    load_model, forecast_memory, max_position_embeddings = prepare_model(options)
+    model = prepare_model(options.model, options.device, options.backend)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     settings = {
         "fps": options.fps,
@@ -211,13 +146,14 @@ def make_conversation(options):
     }
     return Conversation(
         processor,
-        load_model,
-        forecast_memory,
-        max_position_embeddings=max_position_embeddings,
+        model.load,
+        model.forecast_memory,
+        max_position_embeddings=model.config.text_config.max_position_embeddings,
         settings=settings,
         max_tokens=options.max_tokens,
         max_new_tokens=options.max_new_tokens,
-        print_answer=not options.json,
+        write=None if options.json else functools.partial(print, end="", flush=True),
+        say=say,
     )
 
 

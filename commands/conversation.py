@@ -11,7 +11,6 @@ import io
 import math
 import os
 import re
-import sys
 import time
 import urllib.request
 
@@ -39,7 +38,10 @@ class Conversation:
     max_position_embeddings: tokens that the model was made for.
     settings: what is asked of every video, as a call of the processor takes it.
     max_tokens: vision tokens that one turn may bring.
-    print_answer: whether the answer is printed while it is made.
+    write: takes the answer piece by piece, while it is made.
+    say: takes a notice that no answer waits for.
+    earlier: turns of before, (files, question, answer) each, which no cache holds: the first
+        question is answered by one pass over all of them. Files are taken as those of a question.
     """
 
     def __init__(
@@ -52,14 +54,16 @@ class Conversation:
         settings=None,
         max_tokens=None,
         max_new_tokens=None,
-        print_answer=True,
+        write=None,
+        say=print,
+        earlier=(),
     ):
         self.processor, self.load_model, self.model = processor, load_model, None
         self.forecast_memory = forecast_memory
         self.max_position_embeddings = max_position_embeddings
         self.settings, self.max_tokens = settings or {}, max_tokens
         self.generation = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-        self.print_answer = print_answer
+        self.write, self.say, self.earlier = write, say, list(earlier)
         self.sequence = None  # ids [1, length] of all turns so far
         self.cache = {}  # under the name that generate takes it by
 
@@ -71,13 +75,13 @@ class Conversation:
         Raises TooLarge where memory does not suffice. After this and any other exception, Ctrl-C
         too, the conversation is as it was before the question.
         """
-        text = as_plain_text(question, self.processor.tokenizer)
-        content = [*map(media_part, files), {"type": "text", "text": text}]
-        content, media = self.plan(files, content)
+        messages = self.messages(files, question)
+        files = [*(file for turn in self.earlier for file in turn[0]), *files]
+        messages, media = self.plan(files, messages)
         for medium in media:
             report(f"{medium['file']}: {medium['taken']}")
 
-        inputs = self.encode(content)
+        inputs = self.encode(messages)
         # Those of the new turn only; the model makes its own.
         vision = int((inputs.pop("mm_token_type_ids") > 0).sum())
         prompt = inputs["input_ids"].shape[1]
@@ -88,10 +92,9 @@ class Conversation:
         if forecast.fits is False and forecast.peak > MARGIN * forecast.available:
             raise TooLarge(too_large("this does not fit", forecast, frames))
         if prompt > self.max_position_embeddings:
-            print(
-                f"ask.py: notice: the model was made for {self.max_position_embeddings:,} tokens; "
-                "--max-tokens takes less of the videos",
-                file=sys.stderr,
+            self.say(
+                f"notice: the model was made for {self.max_position_embeddings:,} tokens; "
+                "--max-tokens takes less of the videos"
             )
             self.max_position_embeddings = math.inf  # said once
 
@@ -101,7 +104,7 @@ class Conversation:
             raise TooLarge(too_large("out of memory", forecast, frames))
         name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
         self.cache = {name: output[name]}
-        self.sequence = output["sequences"].cpu()
+        self.sequence, self.earlier = output["sequences"].cpu(), []
         answer = self.sequence[0, prompt:]
         text = self.processor.tokenizer.decode(answer, skip_special_tokens=True)
         return {
@@ -116,14 +119,27 @@ class Conversation:
 
     def reset(self):
         """Starts anew, with the model as it is."""
-        self.sequence, self.cache = None, {}
+        self.sequence, self.cache, self.earlier = None, {}, []
 
-    def plan(self, files, content):
-        """The content with its videos planned within the budget, and what is taken of each file."""
-        for part in content:
+    def messages(self, files, question):
+        """The turns that no cache holds: the earlier ones, and this question about these files."""
+        messages = []
+        for own, text, answer in [*self.earlier, (files, question, None)]:
+            text = as_plain_text(text, self.processor.tokenizer)
+            content = [*map(media_part, own), {"type": "text", "text": text}]
+            messages.append({"role": "user", "content": content})
+            if answer is not None:
+                content = [{"type": "text", "text": answer}]
+                messages.append({"role": "assistant", "content": content})
+        return messages
+
+    def plan(self, files, messages):
+        """The messages with their videos planned within the budget, and what each file gives."""
+        parts = media_of(messages)
+        for part in parts:
             if part["type"] == "image":
                 part["image"] = self.processor.load_images(part["image"])
-        images = [image_size(self.processor, image) for image in sources(content, "image")]
+        images = [image_size(self.processor, image) for image in sources(messages, "image")]
         budget = self.max_tokens
         if budget is not None:
             budget -= sum(tokens for _, tokens in images)
@@ -132,11 +148,10 @@ class Conversation:
                     f"the images alone take {self.max_tokens - budget} tokens, more than "
                     f"--max-tokens {self.max_tokens}; allow more or give fewer"
                 )
-        turn = [{"role": "user", "content": content}]
-        (turn, *_), plans = self.processor.plan_videos(turn, max_tokens=budget, **self.settings)
+        messages, plans = self.processor.plan_videos(messages, max_tokens=budget, **self.settings)
         images, plans = iter(images), iter(plans)
         media = []
-        for file, part in zip(files, content, strict=False):
+        for file, part in zip(files, parts, strict=True):
             if part["type"] == "image":
                 size, tokens = next(images)
                 medium = {"taken": f"{size}, {tokens:,} tokens", "tokens": tokens}
@@ -144,14 +159,14 @@ class Conversation:
                 plan = next(plans)
                 medium = {"taken": plan.describe(), "tokens": plan.tokens, "frames": plan.frames}
             media.append({"file": file, **medium})
-        return turn["content"], media
+        return messages, media
 
-    def encode(self, content):
-        """The model's inputs for all turns so far and a new one with this content."""
+    def encode(self, messages):
+        """The model's inputs for what is cached and these messages."""
         inputs = self.processor(
-            text=[self.render(content)],
-            images=sources(content, "image") or None,
-            videos=sources(content, "video") or None,
+            text=[self.render(messages)],
+            images=sources(messages, "image") or None,
+            videos=sources(messages, "video") or None,
             return_tensors="pt",
             videos_kwargs={"stream": True, "progress": True},
             text_kwargs={"verbose": False},  # the notice of `ask` says it when that is too long
@@ -161,16 +176,15 @@ class Conversation:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         return inputs
 
-    def render(self, content):
-        """The text of a user's turn, which follows an answer unless it is the first turn."""
-        turn = {"role": "user", "content": content}
+    def render(self, messages):
+        """The text of these messages; after a cached answer they are one user's turn."""
         if self.sequence is None:
-            return self.processor.apply_chat_template([turn], add_generation_prompt=True)
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True)
         earlier = [
             {"role": "user", "content": [{"type": "text", "text": "-"}]},
             {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
         ]
-        text = self.processor.apply_chat_template([*earlier, turn], add_generation_prompt=True)
+        text = self.processor.apply_chat_template([*earlier, *messages], add_generation_prompt=True)
         text = text.split(ANSWER, 1)[1]
         tokenizer = self.processor.tokenizer
         if self.sequence[0, -1] == tokenizer.eos_token_id:
@@ -181,9 +195,7 @@ class Conversation:
         """The model's outputs, or None when it ran out of memory; the cache is then as before."""
         cached = next(iter(self.cache.values()), None)
         length = 0 if cached is None else cached.get_seq_length()
-        tokenizer, streamer = self.processor.tokenizer, None
-        if self.print_answer:
-            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = None if self.write is None else Writer(self.processor.tokenizer, self.write)
         pixels, output = inputs.get("pixel_values_videos"), None
         try:
             if self.model is None:
@@ -206,6 +218,17 @@ class Conversation:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
         return output
+
+
+class Writer(TextStreamer):
+    """Hands an answer on piece by piece, while it is made, with a line's end after the last."""
+
+    def __init__(self, tokenizer, write):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+
+    def on_finalized_text(self, text, stream_end=False):
+        self.write(f"{text}\n" if stream_end else text)
 
 
 def is_media(argument):
@@ -261,8 +284,13 @@ def as_plain_text(text, tokenizer):
     return text
 
 
-def sources(content, kind):
-    return [part[kind] for part in content if part["type"] == kind]
+def media_of(messages):
+    """The parts of messages that are images or videos."""
+    return [part for turn in messages for part in turn["content"] if part["type"] != "text"]
+
+
+def sources(messages, kind):
+    return [part[kind] for part in media_of(messages) if part["type"] == kind]
 
 
 def image_size(processor, image):

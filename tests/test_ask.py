@@ -18,10 +18,12 @@ import zlib
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import clips
 from commands.conversation import Conversation, TooLarge, as_plain_text, media_part
+from commands.forecast import forecast
+from commands.model_loading import prepare_model
 from paths import ROOT
 
 
@@ -250,8 +252,7 @@ def test_an_unmerged_adapter_answers_as_if_it_were_merged(ask, folder, tmp_path,
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     processor.save_pretrained(tmp_path)
     options = ask.parse_arguments([str(folder / "five.mp4"), "?", "--model", str(tmp_path)])
-    load_model, *_ = ask.prepare_model(options)
-    loaded = load_model().merge_and_unload()
+    loaded = prepare_model(options.model).load().merge_and_unload()
     merged = adapted.merge_and_unload()
     weights = loaded.state_dict()
     for name, weight in merged.state_dict().items():
@@ -308,16 +309,16 @@ def test_what_a_file_is_comes_from_its_content(pictures, name, where, monkeypatc
     assert part["type"] == ("image" if name in STILL else "video")
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     chat = Conversation(processor, None, None, max_position_embeddings=10**6)
-    _, (medium,) = chat.plan([file], [part])
+    _, (medium,) = chat.plan([file], [{"role": "user", "content": [part]}])
     if name.startswith("moving"):
         assert medium["taken"].startswith("2 s at 2 fps = 4 frames, 56x84")
     assert medium.get("frames") == {"video.png": 10}.get(name, 4 if name not in STILL else None)
 
 
 def test_later_questions_have_their_notices(ask, folder, monkeypatch, capsys):
-    config = ask.AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
     config.text_config.max_position_embeddings = 130
-    monkeypatch.setattr(ask.AutoConfig, "from_pretrained", lambda *args, **kwargs: config)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **kwargs: config)
     lines = "/video\n" + "Hm? " * 20 + "\nAnd?"
     options = ["--interactive", "--json", "--max-new-tokens", 2]
     run(ask, monkeypatch, folder / "five.mp4", "What is shown?", *options, lines=lines)
@@ -337,7 +338,7 @@ def test_a_conversation_without_a_first_question(ask, folder, monkeypatch, capsy
 
 def conversation(ask, processor, model, answer_length, available=None):
     def forecast_memory(prompt, vision, new):
-        return ask.forecast(
+        return forecast(
             model.config, prompt, vision_tokens=vision, new_tokens=new, available=available
         )
 
@@ -347,7 +348,6 @@ def conversation(ask, processor, model, answer_length, available=None):
         forecast_memory,
         max_position_embeddings=10**6,
         max_new_tokens=answer_length,
-        print_answer=False,
     )
 
 
@@ -448,7 +448,7 @@ def test_a_gpu_answers_about_the_bundled_clips(ask):
 def test_what_does_not_fit_is_refused_before_the_model_is_loaded(ask, folder):
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True)
-    whole = ask.forecast(model.config, 100, vision_tokens=75).peak * 2**30
+    whole = forecast(model.config, 100, vision_tokens=75).peak * 2**30
     chat = conversation(ask, processor, model, 3, available=0.8 * whole)
     chat.load_model = None
     with pytest.raises(TooLarge, match=r"does not fit: 1\d\d tokens: .* of the 10 frames, or"):
@@ -534,6 +534,27 @@ def test_later_turns_equal_one_prefill_of_the_whole(ask, folder, answer_length):
     assert text.count("<|im_start|>user\n") == text.count("<|im_start|>assistant\n") == 3
     assert text.count("<|im_end|>\n<|im_start|>user\n") == 3 and "<|im_end|><|im_end|>" not in text
     assert text.count("<|im_start|>system") == 1
+
+
+def test_turns_that_no_cache_holds_are_read_again(ask, folder):
+    """A conversation that was answered elsewhere goes on as on its own cache."""
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True)
+    five, two = (str(folder / name) for name in ("five.mp4", "two.webm"))
+    questions = [([five], "What is shown?"), ([two], "Compare."), ([], "And now?")]
+    chat, turns = conversation(ask, processor, model, 16), []
+    for files, question in questions:
+        again, pieces = conversation(ask, processor, model, 16), []
+        again.earlier, again.write = list(turns), pieces.append
+        record = chat.ask(files, question, quiet)
+        whole = again.ask(files, question, quiet)
+        assert torch.equal(again.sequence, chat.sequence)
+        assert "".join(pieces).strip() == record["answer"]
+        turns.append((files, question, record["answer"]))
+        assert [one["file"] for one in whole["media"]] == [
+            file for turn in turns for file in turn[0]
+        ]
+        assert again.earlier == []
 
 
 def stop_after(model, steps, token):
