@@ -22,7 +22,12 @@ from .packing_videonsa import NSAPlan
 
 
 class VideoNSAAttention(Qwen2_5_VLAttention):
-    """Qwen2.5-VL's attention with gates, and a sparse path for calls that bring an `NSAPlan`."""
+    """Qwen2.5-VL's attention with gates, and a sparse path for calls that bring an `NSAPlan`.
+
+    watch_blocks: None, or what is called with the blocks that the vision rows of a call select.
+    """
+
+    watch_blocks: Callable[[torch.Tensor], None] | None = None
 
     def __init__(self, config: VideoNSATextConfig, layer_idx: int | None = None):
         super().__init__(config, layer_idx)
@@ -147,6 +152,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             num_initial=config.nsa_num_initial_blocks,
             num_local=config.nsa_num_local_blocks,
             scale=self.scaling,
+            watch_blocks=self.watch_blocks,
         )
 
     def attend_dense(

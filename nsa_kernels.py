@@ -19,6 +19,8 @@ Folding the gate into the log-sum-exp, lse_b - log2(gate_b), turns p into gate_b
 branch needs a do of its own: all read do, and do.o_b is both their delta and the gate's gradient.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .nsa_checks import check_gates, check_packed
@@ -112,7 +114,7 @@ class _Attention(torch.autograd.Function):
     """The layer. choice: what `choose_blocks` takes besides; keep: what a backward needs."""
 
     @staticmethod
-    def forward(ctx, q, k, v, gates, lengths, block_size, window_size, choice, scale, keep):
+    def forward(ctx, q, k, v, gates, lengths, block_size, window_size, choice, scale, keep, watch):
         blocked = {"block_size": block_size, "scale": scale}
         windowed = {"window_size": window_size, "scale": scale}
         with torch.cuda.device_of(q):
@@ -120,6 +122,8 @@ class _Attention(torch.autograd.Function):
             k_mean, v_mean = means_forward(k, v, lengths.cu_k, cu_mean, block_size=block_size)
             compressed, lse_cmp = compressed_forward(q, k_mean, v_mean, lengths, cu_mean, **blocked)
             blocks = choose_blocks(q, k_mean, lse_cmp, lengths, cu_mean, **blocked, **choice)
+            if watch is not None:
+                watch(blocks)
             lists = build_tile_lists(q, blocks, lengths, block_size=block_size)
             selected, lse_slc = selected_forward(q, k, v, lists, scale=scale)
             window, lse_win, o = window_forward(
@@ -152,7 +156,7 @@ class _Attention(torch.autograd.Function):
         window_dkv(q, k, v, do, *window, dk, dv, lengths, **ctx.windowed)
         selected_dq(q, k, v, do, *selected, dq, ctx.lists, scale=scale)
         selected_dkv(q, k, v, do, *selected, dk, dv, ctx.lists, scale=scale)
-        return dq, dk, dv, dgates, *[None] * 6
+        return dq, dk, dv, dgates, *[None] * 7
 
 
 def nsa_attention(
@@ -169,12 +173,14 @@ def nsa_attention(
     num_initial: int = 0,
     num_local: int = 1,
     scale: float | None = None,
+    watch_blocks: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """The three branches, each weighted by its gate (VideoNSA, section 2.1).
 
     q [Tq, H, D]; k, v [Tk, K, D]; gates [Tq, H, 3], not negative, the weights of the compressed,
     the selected and the window branch. Returns o [Tq, H, D]. Differentiable in q, k, v and gates,
-    not through the choice of the blocks.
+    not through the choice of the blocks, which watch_blocks is called with, as `select_blocks`
+    returns it.
     """
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_inputs("nsa_attention", q, k, v, head_dim=q.shape[2], block_size=block_size)
@@ -185,4 +191,6 @@ def nsa_attention(
     q, k, v, gates = (x.contiguous() for x in (q, k, v, gates))
     choice = {"num_selected": num_selected, "num_initial": num_initial, "num_local": num_local}
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gates))
-    return _Attention.apply(q, k, v, gates, lengths, block_size, window_size, choice, scale, keep)
+    return _Attention.apply(
+        q, k, v, gates, lengths, block_size, window_size, choice, scale, keep, watch_blocks
+    )

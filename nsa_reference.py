@@ -19,6 +19,8 @@ Numbers: any floating dtype, any device. Scores and softmax are computed in floa
 Memory: queries are taken in chunks, so it grows with the number of keys, not with its square.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .nsa_checks import (
@@ -289,12 +291,13 @@ def nsa_attention(
     num_initial: int = 0,
     num_local: int = 1,
     scale: float | None = None,
+    watch_blocks: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """The three branches, each weighted by its gate (VideoNSA, section 2.1).
 
     q [Tq, H, D]; k, v [Tk, K, D]; gates [Tq, H, 3], the weights of the compressed, the selected
     and the window branch. Returns o [Tq, H, D]. Differentiable in q, k, v and gates, not through
-    the choice of the blocks.
+    the choice of the blocks, which watch_blocks is called with, as `select_blocks` returns it.
     """
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_gates(gates, q)
@@ -314,6 +317,8 @@ def nsa_attention(
         num_local=num_local,
         scale=scale,
     )
+    if watch_blocks is not None:
+        watch_blocks(blocks)
     selected = selected_attention(
         q, k, v, blocks, cu_seqlens_q, cu_seqlens_k, block_size=block_size, scale=scale
     )

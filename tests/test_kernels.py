@@ -241,6 +241,14 @@ def test_more_means_than_a_step_takes_are_as_accurate_as_eager(monkeypatch):
     check_layer(tiny((175,), 2, 1, cached=126), torch.float32, monkeypatch)
 
 
+def test_the_selected_blocks_are_handed_out():
+    case, seen = tiny((30,), 2, 1, cached=3), []
+    *tensors, cu_q, cu_k = packed(case, torch.float32, device=DEVICE)
+    for module in (kernels, reference):
+        module.nsa_attention(*tensors, cu_q, cu_k, **case.sizes, watch_blocks=seen.append)
+    assert torch.equal(*seen)
+
+
 def test_a_given_scale_is_that_of_the_scores():
     """In place of 16 ** -0.5; powers of two, so that the bits are the same."""
     case = tiny((30,), 2, 1)
