@@ -19,13 +19,14 @@ import functools
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 from transformers import AutoProcessor
 from transformers.utils import logging
 
 from commands.conversation import Conversation, is_media
-from commands.model_loading import prepare_model
+from commands.model_loading import prepare_model, stock_as_converted
 
 COMMANDS = (
     "/video PATH and /image PATH add a file to the question that follows, /reset forgets the "
@@ -46,11 +47,19 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--interactive", action="store_true", help="read further questions")
     parser.add_argument("--json", action="store_true", help="print one JSON object per answer")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="only say what would be taken and what memory it needs; no weights are read",
+    )
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=str(Path(__file__).resolve().parent), metavar="DIR|ID")
     group.add_argument("--device", help="cpu, cuda, cuda:1, or auto for all GPUs")
     group.add_argument("--backend", help="auto, triton or reference")
+    group.add_argument(
+        "--attention", choices=("sparse", "dense"), help="of vision tokens (default: the model's)"
+    )
     group.add_argument("--max-new-tokens", type=int, metavar="N")
 
     group = parser.add_argument_group("what is taken of the videos")
@@ -64,8 +73,12 @@ def parse_arguments(argv=None):
     group.add_argument("--video-decoder", metavar="cpu|cuda", help="what decodes videos")
     options = parser.parse_args(argv)
 
+    if options.plan and options.interactive:
+        fail("--plan answers nothing, so there is nothing to go on from: leave --interactive out")
     options.files, options.question = options.arguments, None
-    if not (options.interactive and is_media(options.arguments[-1])):
+    if (options.interactive or options.plan) and is_media(options.arguments[-1]):
+        options.question = "" if options.plan else None
+    else:
         *options.files, options.question = options.arguments
         if is_media(options.question):
             what = "folder" if Path(options.question).is_dir() else "file"
@@ -135,8 +148,14 @@ def read_questions(conversation, pending):
 
 
 def make_conversation(options):
-    model = prepare_model(options.model, options.device, options.backend)
-    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    name = options.model
+    with tempfile.TemporaryDirectory() as folder:
+        if options.plan:  # nothing is loaded, so a stock model is read as it would be converted
+            name = stock_as_converted(name, Path(folder))
+        model = prepare_model(name, options.device, options.backend, options.attention)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+    if not options.json:
+        print(model.describe())
     settings = {
         "fps": options.fps,
         "max_frames": options.max_frames,
@@ -159,8 +178,15 @@ def make_conversation(options):
 
 def answer(conversation, files, question, options):
     """Prints the answer to a question; returns whether it came, without an interruption."""
+    report = (lambda line: None) if options.json else print
+    if options.plan:
+        turn = conversation.prepare(files, question, report)
+        if options.json:
+            print(json.dumps({"question": question, **turn.record()}))
+        elif remedies := turn.forecast.remedies(turn.frames):
+            print(remedies)
+        return True
     try:
-        report = (lambda line: None) if options.json else print
         record = conversation.ask(files, question, report)
     except KeyboardInterrupt:
         if not options.interactive:

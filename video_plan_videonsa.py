@@ -57,9 +57,14 @@ class VideoPlan:
 
 def describe_time(seconds: float) -> str:
     """A length or a time in a video: "7.5 s", "412 s", and from ten minutes on "0:12:30"."""
+    if round(seconds) >= 600:
+        return describe_clock(seconds)
+    return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
+
+
+def describe_clock(seconds: float) -> str:
+    """A time as hours, minutes and whole seconds: "0:12:30"."""
     whole = round(seconds)
-    if whole < 600:
-        return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 

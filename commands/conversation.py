@@ -13,12 +13,15 @@ import os
 import re
 import time
 import urllib.request
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from transformers import TextStreamer
 
+from commands.forecast import Forecast
 from message_parts_videonsa import is_address, is_animated, is_picture, plain_source
+from video_plan_videonsa import describe_clock
 
 ANSWER = "<answer>"  # stands for an earlier answer where a template is rendered around it
 MARGIN = 1.1  # a forecast this much above the memory there is does not fit for sure
@@ -28,6 +31,42 @@ REMEDY = "take less of the videos with --max-tokens, --max-frames, --fps or --ma
 
 class TooLarge(ValueError):
     """A question for which the device's memory does not suffice, or did not."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question with its media, planned and not answered yet.
+
+    messages: those that no cache holds, their videos planned.  media: what is taken of each file.
+    text: the messages as the chat template writes them.
+    vision_tokens: of these messages.  prompt_tokens: of them and all that is cached.
+    forecast: of the memory that answering it needs.
+    """
+
+    messages: list[dict]
+    media: list[dict]
+    text: str
+    vision_tokens: int
+    prompt_tokens: int
+    forecast: Forecast
+
+    @property
+    def frames(self) -> int:
+        return sum(medium.get("frames", 0) for medium in self.media)
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether it does not fit for sure."""
+        forecast = self.forecast
+        return forecast.fits is False and forecast.peak > MARGIN * forecast.available
+
+    def record(self) -> dict:
+        return {
+            "media": self.media,
+            "vision_tokens": self.vision_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "forecast_gib": round(self.forecast.peak, 3),
+        }
 
 
 class Conversation:
@@ -75,47 +114,63 @@ class Conversation:
         Raises TooLarge where memory does not suffice. After this and any other exception, Ctrl-C
         too, the conversation is as it was before the question.
         """
-        messages = self.messages(files, question)
-        files = [*(file for turn in self.earlier for file in turn[0]), *files]
-        messages, media = self.plan(files, messages)
-        for medium in media:
-            report(f"{medium['file']}: {medium['taken']}")
-
-        inputs = self.encode(messages)
-        # Those of the new turn only; the model makes its own.
-        vision = int((inputs.pop("mm_token_type_ids") > 0).sum())
-        prompt = inputs["input_ids"].shape[1]
-        report(f"{prompt:,} tokens in the prompt, {vision:,} of them new vision tokens")
-        forecast = self.forecast_memory(prompt, vision, self.generation.get("max_new_tokens", 0))
-        report(forecast.describe())
-        frames = sum(medium.get("frames", 0) for medium in media)
-        if forecast.fits is False and forecast.peak > MARGIN * forecast.available:
-            raise TooLarge(too_large("this does not fit", forecast, frames))
-        if prompt > self.max_position_embeddings:
-            self.say(
-                f"notice: the model was made for {self.max_position_embeddings:,} tokens; "
-                "--max-tokens takes less of the videos"
-            )
-            self.max_position_embeddings = math.inf  # said once
+        turn = self.prepare(files, question, report)
+        if turn.is_too_large:
+            raise TooLarge(too_large("this does not fit", turn))
+        self.notice_length(turn)
 
         start = time.monotonic()
-        output = self.generate(inputs)
+        output = self.generate(self.encode([turn]))
         if output is None:
-            raise TooLarge(too_large("out of memory", forecast, frames))
+            raise TooLarge(too_large("out of memory", turn))
         name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
         self.cache = {name: output[name]}
         self.sequence, self.earlier = output["sequences"].cpu(), []
-        answer = self.sequence[0, prompt:]
+        answer = self.sequence[0, turn.prompt_tokens :]
         text = self.processor.tokenizer.decode(answer, skip_special_tokens=True)
         return {
-            "media": media,
-            "vision_tokens": vision,
-            "prompt_tokens": prompt,
-            "forecast_gib": round(forecast.peak, 3),
+            **turn.record(),
             "answer": text.strip(),
             "answer_tokens": len(answer),
             "answering_seconds": round(time.monotonic() - start, 2),
         }
+
+    def prepare(self, files, question, report=print) -> Turn:
+        """The turn of a question about these files, reported as for `ask` and not answered."""
+        messages = self.messages(files, question)
+        files = [*(file for turn in self.earlier for file in turn[0]), *files]
+        turn = self.make_turn(*self.plan(files, messages))
+        for medium in turn.media:
+            report(f"{medium['file']}: {medium['taken']}")
+        if with_sound := [medium["file"] for medium in turn.media if medium.get("has_sound")]:
+            report(f"the sound of {', '.join(with_sound)} is not heard")
+        report(
+            f"{turn.prompt_tokens:,} tokens in the prompt, {turn.vision_tokens:,} of them new "
+            "vision tokens"
+        )
+        report(turn.forecast.describe())
+        return turn
+
+    def make_turn(self, messages, media) -> Turn:
+        """The turn of these planned messages: its text, its tokens and the memory it needs."""
+        text = self.render(messages)
+        tokens = [medium["tokens"] for medium in media]
+        # In the text, one token stands for all those of a medium.
+        ids = self.processor.tokenizer(text, verbose=False)["input_ids"]
+        prompt = len(ids) - len(tokens) + sum(tokens)
+        prompt += 0 if self.sequence is None else self.sequence.shape[1]
+        new_tokens = self.generation.get("max_new_tokens", 0)
+        forecast = self.forecast_memory(prompt, sum(tokens), new_tokens)
+        return Turn(messages, media, text, sum(tokens), prompt, forecast)
+
+    def notice_length(self, turn):
+        """Says once where a prompt is longer than the model was made for."""
+        if turn.prompt_tokens > self.max_position_embeddings:
+            self.say(
+                f"notice: the model was made for {self.max_position_embeddings:,} tokens; "
+                "--max-tokens takes less of the videos"
+            )
+            self.max_position_embeddings = math.inf
 
     def reset(self):
         """Starts anew, with the model as it is."""
@@ -151,26 +206,34 @@ class Conversation:
         messages, plans = self.processor.plan_videos(messages, max_tokens=budget, **self.settings)
         images, plans = iter(images), iter(plans)
         media = []
-        for file, part in zip(files, parts, strict=True):
+        for file, part in zip(files, media_of(messages), strict=True):
             if part["type"] == "image":
                 size, tokens = next(images)
                 medium = {"taken": f"{size}, {tokens:,} tokens", "tokens": tokens}
             else:
-                plan = next(plans)
-                medium = {"taken": plan.describe(), "tokens": plan.tokens, "frames": plan.frames}
+                plan, video = next(plans), part["video"]
+                taken = f"{plan.describe()}, {describe_times(video.seconds)}"
+                medium = {"taken": taken, "tokens": plan.tokens, "frames": plan.frames}
+                medium |= {"has_sound": True} if video.file.has_sound else {}
             media.append({"file": file, **medium})
         return messages, media
 
-    def encode(self, messages):
-        """The model's inputs for what is cached and these messages."""
+    def encode(self, turns):
+        """The model's inputs for what is cached and a turn; or for several, side by side.
+
+        The types of the tokens are left to the model, which knows those of what is cached.
+        """
+        messages = [message for turn in turns for message in turn.messages]
         inputs = self.processor(
-            text=[self.render(messages)],
+            text=[turn.text for turn in turns],
             images=sources(messages, "image") or None,
             videos=sources(messages, "video") or None,
             return_tensors="pt",
             videos_kwargs={"stream": True, "progress": True},
-            text_kwargs={"verbose": False},  # the notice of `ask` says it when that is too long
+            # `notice_length` says it when that is too long.
+            text_kwargs={"verbose": False, "padding": True, "padding_side": "left"},
         )
+        del inputs["mm_token_type_ids"]
         if self.sequence is not None:
             inputs["input_ids"] = torch.cat([self.sequence, inputs["input_ids"]], dim=1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -308,5 +371,16 @@ def crop(cache, length):
         layer.values = layer.values[..., :length, :].clone()
 
 
-def too_large(what, forecast, frames):
-    return f"{what}: {forecast.describe()}; {forecast.remedies(frames) or REMEDY}"
+def describe_times(seconds):
+    """The times of frames: "at 0, 0.5 ... 7.5 s", of long videos "at 0:00:00 ... 1:59:51"."""
+    if seconds[-1] >= 600:
+        times, unit = [describe_clock(second) for second in seconds], ""
+    else:
+        times, unit = [f"{round(second, 2):g}" for second in seconds], " s"
+    shown = times if len(times) < 4 else [*times[:2], f"... {times[-1]}"]
+    return f"at {', '.join(shown).replace(', ...', ' ...')}{unit}"
+
+
+def too_large(what, turn):
+    forecast = turn.forecast
+    return f"{what}: {forecast.describe()}; {forecast.remedies(turn.frames) or REMEDY}"

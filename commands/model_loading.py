@@ -2,6 +2,7 @@
 
 `prepare_model` reads the configuration alone, so that what cannot work is refused at once; the
 weights come with `PreparedModel.load`. Adapters that are not merged are loaded over their base.
+`stock_as_converted` makes a stock Qwen2.5-VL plannable before it is converted.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import find_adapter_config_file
 
@@ -21,23 +23,38 @@ class PreparedModel(NamedTuple):
     """A model before its weights are read.
 
     config: its `VideoNSAConfig`.  device: a device's name, or "auto" for all GPUs.
+    dtype: of its weights.
     load: loads it.  forecast_memory: the `Forecast` of a prompt from its tokens, vision tokens and
         the answer's.
     """
 
     config: object
     device: str
+    dtype: torch.dtype
     load: Callable
     forecast_memory: Callable[[int, int, int], Forecast]
 
+    def describe(self) -> str:
+        """What it runs on and how: "on the CPU in float32, sparse attention"."""
+        where = {"cpu": "the CPU", "auto": "all GPUs"}.get(self.device, self.device)
+        if self.device.startswith("cuda"):
+            where += f" ({torch.cuda.get_device_name(self.device)})"
+        attention = "sparse" if self.config.text_config.nsa_enabled else "dense"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"on {where} in {dtype}, {attention} attention"
+
 
 def prepare_model(
-    model: str, device: str | None = None, backend: str | None = None
+    model: str,
+    device: str | None = None,
+    backend: str | None = None,
+    attention: str | None = None,
 ) -> PreparedModel:
     """The model of a checkpoint or of an adapter, by folder or by name on the Hub.
 
     device: cpu, cuda, cuda:1, or auto for all GPUs; None is a GPU where there is one.
     backend: replaces the checkpoint's `nsa_backend`.
+    attention: "sparse" or "dense", of vision tokens; None is what the checkpoint says.
 
     Raises ValueError where the device, the backend or the kind of model cannot be used.
     """
@@ -49,10 +66,13 @@ def prepare_model(
             reason = str(error).splitlines()[0]
             raise ValueError(f"--device {device} cannot be used here: {reason}") from error
     config, base = read_config(model)
+    text, asked = config.text_config, {}
     if backend is not None:
-        # Made anew, so that an unknown backend is refused now.
-        text = config.text_config
-        config.text_config = type(text).from_dict({**text.to_dict(), "nsa_backend": backend})
+        asked["nsa_backend"] = backend
+    if attention is not None:
+        asked["nsa_enabled"] = attention == "sparse"
+    # Made anew, so that an unknown backend is refused now.
+    config.text_config = type(text).from_dict({**text.to_dict(), **asked})
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
 
     def load():
@@ -76,7 +96,7 @@ def prepare_model(
             device=None if device == "auto" else device,
         )
 
-    return PreparedModel(config, device, load, forecast_memory)
+    return PreparedModel(config, device, dtype, load, forecast_memory)
 
 
 def read_config(model: str):
@@ -96,3 +116,25 @@ def read_config(model: str):
     if config.model_type != "videonsa":
         raise ValueError(f"{base} is a {config.model_type} model, not a VideoNSA")
     return config, base
+
+
+def stock_as_converted(model: str, folder: Path) -> str:
+    """Where a model's small files are: in `folder`, filled with them, for a stock Qwen2.5-VL.
+
+    model: folder or Hub id, of which no weights are read or fetched. The name of another kind of
+    model is returned as it is.
+    """
+    from convert_checkpoint import SOURCE_PATTERNS, write_small_files
+
+    if find_adapter_config_file(model):
+        return model
+    if AutoConfig.from_pretrained(model, trust_remote_code=True).model_type != "qwen2_5_vl":
+        return model
+    source = Path(model)
+    if not source.is_dir():
+        small = [pattern for pattern in SOURCE_PATTERNS if "safetensors" not in pattern]
+        source = Path(snapshot_download(model, allow_patterns=small))
+    record = {"source": model, "dtype": "bfloat16", "semantics": "paper"}
+    record |= {"gates": "even", "gate_value": 1 / 3}
+    write_small_files(source, folder, {}, source.name, record)
+    return str(folder)

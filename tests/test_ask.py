@@ -18,9 +18,15 @@ import zlib
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2_5_VLConfig,
+)
 
 import clips
+from commands.checkpoint_files import listed_files
 from commands.conversation import Conversation, TooLarge, as_plain_text, media_part
 from commands.forecast import forecast
 from commands.model_loading import prepare_model
@@ -70,9 +76,10 @@ def test_it_answers_from_a_shell(folder):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    plan, tokens, expected, *answer = done.stdout.splitlines()
+    where, plan, tokens, expected, *answer = done.stdout.splitlines()
     assert answer
-    assert plan == "five.mp4: 5 s at 2 fps = 10 frames, 84x140, 75 tokens"
+    assert re.fullmatch(r"on .+ in (float32|bfloat16), sparse attention", where)
+    assert plan == ("five.mp4: 5 s at 2 fps = 10 frames, 84x140, 75 tokens, at 0, 0.5 ... 4.5 s")
     assert tokens.endswith(" tokens in the prompt, 75 of them new vision tokens")
     assert re.fullmatch(
         r"1\d\d tokens: [\d.]+ MiB weights \+ [\d.]+ MiB cache, peak [\d.]+ MiB", expected
@@ -115,7 +122,8 @@ def test_several_files_and_limits(ask, folder, monkeypatch, capsys):
     assert [medium["tokens"] for medium in record["media"]] == [6, 6, 6]
     assert [medium.get("frames") for medium in record["media"]] == [4, None, 4]
     assert record["vision_tokens"] == 18 < record["prompt_tokens"]
-    assert record["media"][0]["taken"] == "5 s at 1 fps = 4 frames, 28x84, 6 tokens"
+    taken = "5 s at 1 fps = 4 frames, 28x84, 6 tokens, at 0, 1.25 ... 3.75 s"
+    assert record["media"][0]["taken"] == taken
     assert record["media"][1]["taken"] == "56x84, 6 tokens"
     assert record["question"] == "What is shown?" and record["answer_tokens"] == 2
     assert 0 < record["forecast_gib"] < 1
@@ -586,3 +594,59 @@ def test_what_is_no_question_is_refused(ask, folder, monkeypatch, capsys, questi
 def test_a_question_may_begin_with_a_slash(ask, folder):
     options = ask.parse_arguments([str(folder / "five.mp4"), "/etc/passwd is what?"])
     assert options.question == "/etc/passwd is what?"
+
+
+def test_a_plan_reads_no_weights(ask, folder, tmp_path, monkeypatch, capsys):
+    for name in listed_files(ROOT):
+        if not name.endswith((".safetensors", ".png")):
+            shutil.copy(ROOT / name, tmp_path / name)
+    run(ask, monkeypatch, folder / "five.mp4", "What?", "--plan", "--model", tmp_path)
+    planned = capsys.readouterr().out
+    run(ask, monkeypatch, folder / "five.mp4", "What?", "--max-new-tokens", 1)
+    asked = capsys.readouterr().out.splitlines()
+    assert planned.splitlines()[:3] == asked[:3] and len(planned.splitlines()) == 4
+    assert ", peak " in planned.splitlines()[3]
+    run(ask, monkeypatch, folder / "five.mp4", "--plan", "--json")  # a question is not needed
+    record = json.loads(capsys.readouterr().out)
+    assert record["media"][0]["tokens"] == record["vision_tokens"] == 75 < record["prompt_tokens"]
+    assert "answer" not in record
+
+
+def test_a_plan_reads_a_stock_model_as_it_would_be_converted(
+    ask, folder, tmp_path, monkeypatch, capsys
+):
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4}
+    stock = Qwen2_5_VLConfig(text_config={"hidden_size": 3584, **heads})
+    stock.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(ROOT, trust_remote_code=True).tokenizer.save_pretrained(tmp_path)
+    image = json.loads((ROOT / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(image))
+    shutil.copy(ROOT / "chat_template.jinja", tmp_path)
+    run(ask, monkeypatch, folder / "five.mp4", "--plan", "--model", tmp_path)
+    out = capsys.readouterr().out
+    # The defaults of a converted checkpoint, not the tiny one's.
+    assert "5 s at 2 fps = 10 frames, 252x420, 675 tokens" in out
+    assert "GiB weights" in out
+    assert sorted(path.name for path in tmp_path.glob("nsa*")) == []
+
+
+def test_a_plan_goes_nowhere(ask, folder, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(ask, monkeypatch, folder / "five.mp4", "--plan", "--interactive")
+    assert "--plan answers nothing" in capsys.readouterr().err
+
+
+def test_dense_attention_is_asked_for_and_named(ask, folder, monkeypatch, capsys):
+    dense = prepare_model(str(ROOT), "cpu", attention="dense")
+    assert not dense.load().config.text_config.nsa_enabled
+    assert prepare_model(str(ROOT), "cpu").config.text_config.nsa_enabled
+    options = ["--attention", "dense", "--max-new-tokens", 1]
+    run(ask, monkeypatch, folder / "five.mp4", "What?", *options)
+    assert capsys.readouterr().out.splitlines()[0] == "on the CPU in float32, dense attention"
+
+
+def test_sound_is_said_not_to_be_heard(ask, tmp_path, monkeypatch, capsys):
+    clips.write_clip(tmp_path / "silent.mp4", 20)
+    talk = clips.write_clip(tmp_path / "talk.mp4", 20, sound=2)
+    run(ask, monkeypatch, tmp_path / "silent.mp4", talk, "What?", "--plan")
+    assert capsys.readouterr().out.splitlines()[3] == f"the sound of {talk} is not heard"
