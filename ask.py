@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from commands.conversation import Conversation, is_media
 from commands.model_loading import prepare_model, stock_as_converted
+from commands.options import add_options, video_settings
 
 COMMANDS = (
     "/video PATH and /image PATH add a file to the question that follows, /reset forgets the "
@@ -53,24 +54,7 @@ def parse_arguments(argv=None):
         help="only say what would be taken and what memory it needs; no weights are read",
     )
 
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default=str(Path(__file__).resolve().parent), metavar="DIR|ID")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, or auto for all GPUs")
-    group.add_argument("--backend", help="auto, triton or reference")
-    group.add_argument(
-        "--attention", choices=("sparse", "dense"), help="of vision tokens (default: the model's)"
-    )
-    group.add_argument("--max-new-tokens", type=int, metavar="N")
-
-    group = parser.add_argument_group("what is taken of the videos")
-    group.add_argument("--fps", type=float, metavar="F", help="frames per second")
-    group.add_argument("--max-frames", type=int, metavar="N", help="of each video")
-    group.add_argument("--max-pixels", type=int, metavar="N", help="of each frame")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="of all videos and images")
-    group.add_argument(
-        "--video-readers", type=int, metavar="N", help="threads that read a video, at most"
-    )
-    group.add_argument("--video-decoder", metavar="cpu|cuda", help="what decodes videos")
+    add_options(parser)
     options = parser.parse_args(argv)
 
     if options.plan and options.interactive:
@@ -156,19 +140,12 @@ def make_conversation(options):
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
     if not options.json:
         print(model.describe())
-    settings = {
-        "fps": options.fps,
-        "max_frames": options.max_frames,
-        "max_pixels": options.max_pixels,
-        "video_readers": options.video_readers,
-        "video_decoder": options.video_decoder,
-    }
     return Conversation(
         processor,
         model.load,
         model.forecast_memory,
         max_position_embeddings=model.config.text_config.max_position_embeddings,
-        settings=settings,
+        settings=video_settings(options),
         max_tokens=options.max_tokens,
         max_new_tokens=options.max_new_tokens,
         write=None if options.json else functools.partial(print, end="", flush=True),
