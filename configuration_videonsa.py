@@ -227,12 +227,16 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
     """Qwen2.5-VL's configuration with a `VideoNSATextConfig`, which holds every `nsa_*` field.
 
     `nsa_*` fields that are given to it, or to `from_pretrained`, go to the text config.
+    quantize_vision_tower: whether the vision tower is quantised with the language model, where a
+        quantization_config asks for that; gates and head never are.
     """
 
     model_type = "videonsa"
     # Older transformers read `sub_configs`, newer ones (5.23 on) `sub_configs_defaults`.
     sub_configs = {"vision_config": Qwen2_5_VLVisionConfig, "text_config": VideoNSATextConfig}
     sub_configs_defaults = dict(sub_configs)
+
+    quantize_vision_tower: bool = False
 
     def __post_init__(self, **kwargs):
         nsa, kwargs = _split_nsa(kwargs)

@@ -30,6 +30,7 @@ __all__ = [
     "get_vision_cu_seqlens",
     "get_vision_position_ids",
     "get_vision_window_index",
+    "kept_from_quantizers",
     "map_published_keys",
     "merge_with_config_defaults",
     "observed",
@@ -73,6 +74,16 @@ def order_offloaded_layers(cache, device: torch.device) -> None:
     """Make an offloaded cache fetch a layer only once it is stored, as 5.24 does by itself."""
     if getattr(cache, "offloading", False):
         cache.prefetch_stream.wait_stream(torch.cuda.current_stream(device))
+
+
+def kept_from_quantizers(quantize_vision_tower: bool) -> list[str]:
+    """Patterns of the modules that no quantizer of the library replaces, whatever a user lists.
+
+    They go into a model's `_keep_in_fp32_modules`, which every quantizer adds to its own list, and
+    which makes float32 of nothing where `_get_dtype_plan` says so.
+    """
+    patterns = [r".*\bg_proj_[12]", r".*\blm_head"]
+    return patterns if quantize_vision_tower else [*patterns, r".*\bvisual"]
 
 
 def map_published_keys(class_name: str) -> None:

@@ -44,7 +44,12 @@ from .configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
 from .decoding_videonsa import recorder_of
 from .fused_videonsa import VideoNSAMLP, VideoNSARMSNorm
 from .generation_videonsa import VideoNSAGenerationMixin
-from .library_videonsa import cache_of, map_published_keys, output_with_cache
+from .library_videonsa import (
+    cache_of,
+    kept_from_quantizers,
+    map_published_keys,
+    output_with_cache,
+)
 from .media_features_videonsa import (
     PIXELS,
     chunks_of,
@@ -152,6 +157,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
         self.visual = VideoNSAVisionTower._from_config(config.vision_config)
         self.language_model = VideoNSATextModel._from_config(config.text_config)
         self.rope_deltas = None  # always: stock reads it, but positions go on from an `NSAState`
+        self._keep_in_fp32_modules = kept_from_quantizers(config.quantize_vision_tower)
         self.post_init()
 
     @can_return_tuple
@@ -350,6 +356,25 @@ class VideoNSAForConditionalGeneration(VideoNSAGenerationMixin, Qwen2_5_VLForCon
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
+
+    def _get_dtype_plan(self, dtype):
+        """None: what `kept_from_quantizers` names keeps the dtype that was asked for."""
+        return {}
+
+    @classmethod
+    @functools.wraps(Qwen2_5_VLForConditionalGeneration.from_pretrained.__func__)
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """Stock, but refuses to quantise a checkpoint without gates: nothing could train them."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = [name for name in info["missing_keys"] if ".g_proj_" in name]
+        if missing and getattr(model, "is_quantized", False):
+            raise ValueError(
+                f"{model.name_or_path} has no gates ({missing[0]} and {len(missing) - 1} others), "
+                "and was to be loaded quantised, which is for trained weights: the gates would be "
+                "random numbers. Convert it first, with convert_checkpoint.py, train the gates, "
+                "and load what comes of that."
+            )
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args, **kwargs):
         """Stock, with the keys of the state dict: other keys would not resume in the Trainer."""

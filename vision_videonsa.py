@@ -23,6 +23,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLMLP,
     Qwen2_5_VLVisionAttention,
 )
+from transformers.utils import logging
 
 from .fused_videonsa import VideoNSARMSNorm, rotary, swiglu_halves
 from .library_videonsa import (
@@ -35,6 +36,8 @@ from .library_videonsa import (
     merge_with_config_defaults,
 )
 from .packing_videonsa import send
+
+logger = logging.get_logger(__name__)
 
 PATCHES_PER_CHUNK = 32768  # 8,192 tokens after merging
 SEQUENCES_PER_CALL = 32768  # CUDA's attention kernels take fewer than 65,536 sequences
@@ -175,6 +178,12 @@ class VideoNSAVisionMLP(Qwen2_5_VLMLP):
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
         linears = self.gate_proj, self.up_proj, self.down_proj
         if not self.is_swiglu or not all(_is_plain(x, nn.Linear) for x in linears):
+            if self.is_swiglu and hidden_state.is_cuda and any(map(_is_quantized, linears)):
+                logger.warning_once(
+                    "The vision tower has quantised weights: its MLPs run layer by layer, without "
+                    "the fused activation and aligned widths, which takes longer. Without "
+                    "quantize_vision_tower it stays in 16 bit."
+                )
             return super().forward(hidden_state)
         return self.fused(hidden_state)
 
@@ -316,11 +325,20 @@ def _is_plain(module, kind):
     """
     return (
         type(module) is kind
+        and not _is_quantized(module)
         and module.weight.is_cuda
         and "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not hasattr(module.weight, "ds_id")
     )
+
+
+def _is_quantized(module):
+    """Whether a layer's weight is no plain tensor of floats, whatever the class of the layer."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return False
+    return type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point()
 
 
 def _is_sharded(blocks):

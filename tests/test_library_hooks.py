@@ -51,6 +51,7 @@ REPLACED = [
         "attention_mask kwargs",
         "5.17",
     ),
+    ("transformers.PreTrainedModel._get_dtype_plan", "self dtype", "5.17"),
 ]
 # Functions and classes that the code calls: name, parameters that it passes.
 CALLED = [
@@ -82,6 +83,10 @@ CALLED = [
     ("transformers.utils.can_return_tuple", "func"),
     ("transformers.PreTrainedModel._from_config", "config"),
     ("transformers.PreTrainedModel.save_pretrained", "save_original_format"),
+    (
+        "transformers.quantizers.base.HfQuantizer.get_modules_to_not_convert",
+        "model skip_modules keep_in_fp32_modules",
+    ),
     (f"{QWEN}.Qwen2_5_VLModel.get_placeholder_mask", "input_ids inputs_embeds"),
     (f"{QWEN}.Qwen2_5_VLModel.get_video_features", "pixel_values_videos video_grid_thw"),
     (f"{QWEN}.Qwen2_5_VLModel.get_image_features", "pixel_values image_grid_thw"),

@@ -278,6 +278,9 @@ def test_only_a_module_on_cuda_with_nothing_around_it_has_its_weight_read():
             self._forward_hooks, self._forward_pre_hooks = {}, {}
             vars(self).update(changed)
 
+    class OnCuda(torch.Tensor):  # and of a kind of its own, as quantised in place
+        is_cuda = True
+
     assert vision._is_plain(Linear(), Linear)
     assert not vision._is_plain(Linear(), torch.nn.Linear)
     for changed in (
@@ -286,6 +289,7 @@ def test_only_a_module_on_cuda_with_nothing_around_it_has_its_weight_read():
         {"forward": print},
         {"_forward_hooks": {0: print}},
         {"_forward_pre_hooks": {0: print}},
+        {"weight": OnCuda(torch.zeros(2, 2, dtype=torch.int8))},
     ):
         assert not vision._is_plain(Linear(**changed), Linear), changed
 

@@ -1,0 +1,168 @@
+"""Weights of 8 and 4 bits: what is quantised, what never is, and that it is the same after a save.
+
+Each library's tests are skipped where it is not installed; torchao's int4 needs a GPU.
+"""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from videonsa.configuration_videonsa import VideoNSAConfig
+from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
+
+from commands.quantized_loading import LOAD_IN, PACKAGES, loading_options, quantization_config
+from paths import ROOT
+from tiny import Prompts, config_fields
+
+ON_A_CPU = [name for name in LOAD_IN if name != "int4"]
+KEPT = {"g_proj_1", "g_proj_2", "lm_head"}
+TOWER = {"qkv", "proj", "gate_proj", "up_proj", "down_proj", "0", "2"}
+LANGUAGE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def need(name):
+    pytest.importorskip(PACKAGES[name][1])
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A checkpoint whose widths every library takes."""
+    fields = config_fields(heads=4, kv_heads=2, head_dim=64)
+    fields["text_config"]["intermediate_size"] = 512
+    fields["vision_config"] |= {"hidden_size": 64, "intermediate_size": 128}
+    torch.manual_seed(0)
+    model = VideoNSAForConditionalGeneration._from_config(VideoNSAConfig(**fields))
+    folder = tmp_path_factory.mktemp("wide")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def load(folder, name=None, **options):
+    quantised = loading_options(name)
+    return VideoNSAForConditionalGeneration.from_pretrained(
+        folder, **{"dtype": torch.bfloat16, **quantised, **options}
+    )
+
+
+def linear_layers(model):
+    """{name: whether it is quantised} of everything that is or was a linear layer."""
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "in_features") and weight is not None:
+            plain = type(module) is nn.Linear and type(weight) is nn.Parameter
+            found[name] = not (plain and weight.is_floating_point())
+    return found
+
+
+def quantised_parts(model):
+    """(parts of the language model, parts of the tower) that are quantised, by their last names."""
+    layers = [name for name, quantised in linear_layers(model).items() if quantised]
+    tower = {name.rpartition(".")[2] for name in layers if ".visual." in name}
+    return {name.rpartition(".")[2] for name in layers if ".visual." not in name}, tower
+
+
+def logits(model):
+    prompts = Prompts()
+    inputs = prompts.batch(prompts.row(3, ("video", 3, 2, 4), 4, ("image", 2, 2), 5))
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("name", ON_A_CPU)
+def test_the_language_model_is_quantised_and_nothing_else(name, wide):
+    need(name)
+    model = load(wide, name)
+    assert quantised_parts(model) == (LANGUAGE, set())
+    assert len(linear_layers(model)) == 2 * 9 + 1 + 2 * 5 + 2  # of two layers each, head and merger
+    others = [weight for weight in model.parameters() if type(weight) is nn.Parameter]
+    assert {weight.dtype for weight in others} == {torch.bfloat16}
+    error = (logits(model) - logits(load(wide))).norm() / logits(load(wide)).norm()
+    assert 0 < error < 1
+
+
+@pytest.mark.parametrize("name", ON_A_CPU)
+def test_what_a_user_lists_comes_on_top(name, wide):
+    need(name)
+    config = quantization_config(name)
+    field = "llm_int8_skip_modules" if name in ("4bit", "8bit") else "modules_to_not_convert"
+    setattr(config, field, [r"model.language_model.layers.\d+.mlp"])
+    model = load(wide, quantization_config=config)
+    assert quantised_parts(model) == ({"q_proj", "k_proj", "v_proj", "o_proj"}, set())
+
+
+@pytest.mark.parametrize("name", ["4bit", "8bit", "int8", "float8"])  # quanto would compile for it
+def test_the_tower_is_quantised_where_that_is_asked_for(name, wide, tmp_path):
+    need(name)
+    model = load(wide, name, quantize_vision_tower=True)
+    assert quantised_parts(model) == (LANGUAGE, TOWER)
+    assert logits(model).isfinite().all()
+    model.save_pretrained(tmp_path)
+    assert quantised_parts(load(tmp_path)) == (LANGUAGE, TOWER)
+
+
+@pytest.mark.parametrize("name", ON_A_CPU)
+def test_what_is_saved_loads_the_same(name, wide, tmp_path):
+    need(name)
+    model = load(wide, name)
+    if name.startswith("quanto"):
+        with pytest.raises(ValueError, match="not serializable"):
+            model.save_pretrained(tmp_path)
+        return
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert quantised_parts(again) == (LANGUAGE, set())
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_what_is_kept_has_the_dtype_that_was_asked_for(wide):
+    need("4bit")
+    for options in ({}, loading_options("4bit")):
+        model = load(wide, dtype=torch.float16, **options)
+        gates = [weight for name, weight in model.named_parameters() if ".g_proj_" in name]
+        assert {weight.dtype for weight in [*gates, model.lm_head.weight]} == {torch.float16}
+
+
+def test_weights_without_gates_are_refused(wide, tmp_path):
+    need("4bit")
+    model = load(wide)
+    weights = {name: x for name, x in model.state_dict().items() if ".g_proj_" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"has no gates .* Convert it first"):
+        load(tmp_path, "4bit")
+    _, info = load(tmp_path, output_loading_info=True)  # unquantised, as ever: new ones, announced
+    assert len(info["missing_keys"]) == 2 * 4
+
+
+def test_unknown_names_and_libraries_that_are_not_there_are_said(monkeypatch):
+    with pytest.raises(ValueError, match="--load_in is '5bit'; choose from 4bit, 8bit, int8"):
+        quantization_config("5bit")
+    monkeypatch.setitem(PACKAGES, "quanto-int8", ("optimum-quanto", "nowhere.quanto"))
+    with pytest.raises(ImportError, match="needs optimum-quanto: pip install optimum-quanto"):
+        quantization_config("quanto-int8")
+
+
+@pytest.mark.parametrize("name", ["8bit", "int8"])
+def test_the_tiny_checkpoint_answers_the_same_in_8_bit(name):
+    need(name)
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    for options in ({}, loading_options(name)):
+        model = AutoModelForImageTextToText.from_pretrained(
+            ROOT, trust_remote_code=True, dtype=torch.float32, **options
+        )
+        answers = []
+        for clip in ("circle", "shapes", "digit"):
+            video = {"type": "video", "video": str(ROOT / f"examples/clips/{clip}.mp4")}
+            for question in ("What colour is the shape?", "What happens?"):
+                turn = [video, {"type": "text", "text": question}]
+                inputs = processor.apply_chat_template(
+                    [{"role": "user", "content": turn}],
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    return_tensors="pt",
+                )
+                answers.append(model.generate(**inputs, max_new_tokens=8).tolist())
+        if not options:
+            expected = answers
+    assert answers == expected
