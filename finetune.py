@@ -12,7 +12,8 @@ are all of the Trainer's (--per_device_train_batch_size, --gradient_accumulation
 takes a random half of one; docs/training.md lists the layouts of rows. Paths of media start from
 the folder of their file, or from --data_root. Rows that cannot be read are skipped; those and
 conversations that gave up frames for --max_tokens are listed in data_report.jsonl in the output
-folder. --dry_run goes through the data, says what training on it would take, and trains nothing.
+folder. A run first says what training on the data will take; --dry_run measures all of it, says
+that, and trains nothing.
 
 --train names what trains: vision (the tower), merger, llm, gates. With --lora_r, vision and llm get
 adapters, and merger and gates train whole beside them. What trains is kept in float32; the rest is
@@ -28,10 +29,16 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from commands import finetuning_arguments
 from commands.finetuning_data import Collator, Conversations, DataReport
-from commands.finetuning_dry_run import dry_run
 from commands.finetuning_flags import refuse_together
 from commands.finetuning_model import keep_vision_calls_equal, load_model
-from commands.finetuning_saving import check_keys, find_checkpoint, make_papers, save_result
+from commands.finetuning_saving import (
+    check_keys,
+    find_checkpoint,
+    how_to_go_on,
+    make_papers,
+    save_result,
+)
+from commands.finetuning_summary import print_next_steps, summarize
 from commands.finetuning_trainer import VideoNSATrainer
 
 logger = transformers.utils.logging.get_logger("finetune")
@@ -42,10 +49,16 @@ def parse(argv):
     return finetuning_arguments.parse(argv, __doc__)
 
 
-def main(argv=None):
-    """Runs with the flags of a command line; returns the trainer, or None after a dry run."""
-    model_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
+def prepare(argv):
+    """(trainer, checkpoint to go on from, model's and data's arguments); None after a dry run.
+
+    Raises ValueError, OSError or ImportError for all that can be known to fail before training.
+    """
+    model_args, data_args, args = parse(argv)
     refuse_together(model_args, args)
+    checkpoint = None
+    if not data_args.dry_run:
+        checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     transformers.utils.logging.set_verbosity(args.get_process_log_level())
     base_is_local = Path(model_args.model_name_or_path).is_dir()
     if args.push_to_hub and base_is_local and model_args.lora_r and not model_args.merge_lora:
@@ -53,7 +66,6 @@ def main(argv=None):
             f"The adapter that is pushed names {model_args.model_name_or_path} as its base, which "
             "only this machine has. Push the base and train from its id, or add --merge_lora."
         )
-    transformers.set_seed(args.seed)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     load = {"revision": revision, "trust_remote_code": True}
     with args.main_process_first(desc="loading the checkpoint's code"):
@@ -69,16 +81,20 @@ def main(argv=None):
         max_tokens=data_args.max_tokens,
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
-    if args.process_index == 0 and (unread := data.unread_keys()):
-        logger.warning(f"Nothing reads {', '.join(unread)} of the rows: they are taken as notes.")
+    if args.process_index == 0:
+        if unread := data.unread_keys():
+            logger.warning(
+                f"Nothing reads {', '.join(unread)} of the rows: they are taken as notes."
+            )
+        if checkpoint is None:
+            DataReport(args.output_dir).clear()
+        at_most = {"at_most": None} if data_args.dry_run else {}
+        summarize(data, config, model_args, args, **at_most)
     if data_args.dry_run:
-        dry_run(data, config, model_args, args)
         return None
 
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    transformers.set_seed(args.seed)
     papers = make_papers(model_args, data_args.data, args)
-    if checkpoint is None and args.should_save:
-        DataReport(args.output_dir).clear()
     model = load_model(model_args, args)
     if checkpoint is not None:
         check_keys(model, checkpoint)
@@ -91,10 +107,37 @@ def main(argv=None):
         processing_class=processor,
     )
     keep_vision_calls_equal(trainer.base, data.kinds_of_media())
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return trainer, checkpoint, model_args, data_args
+
+
+def train(trainer, checkpoint, model_args, data_args):
+    """Trains, saves the result, and says where it is; after Ctrl-C, how to go on."""
+    is_first = trainer.is_world_process_zero()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except KeyboardInterrupt:
+        if is_first:
+            print(f"\n{how_to_go_on(trainer.args, trainer.state.global_step)}")
+        sys.exit(130)
     save_result(trainer, model_args)
-    return trainer
+    if is_first:
+        print_next_steps(trainer.args)
+
+
+def main(argv=None):
+    """Runs with the flags of a command line; returns the trainer, or None after a dry run."""
+    prepared = prepare(sys.argv[1:] if argv is None else argv)
+    if prepared is None:
+        return None
+    train(*prepared)
+    return prepared[0]
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        prepared = prepare(sys.argv[1:])
+    except (ValueError, OSError, ImportError) as error:
+        print(f"finetune.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    if prepared is not None:
+        train(*prepared)

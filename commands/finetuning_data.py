@@ -13,7 +13,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from commands.finetuning_rows import MEDIA, all_parts, parse_row, to_messages, unread_keys
+from commands.finetuning_rows import (
+    MEDIA,
+    SHOWN_LAYOUTS,
+    RefusedRow,
+    all_parts,
+    parse_row,
+    to_messages,
+    unread_keys,
+)
 from commands.finetuning_sets import read_set, split_share
 from nsa_rules import count_visits
 
@@ -133,11 +141,14 @@ class Conversations(Dataset):
         return sorted(found)
 
     def measured(self, index) -> dict:
-        """The lengths of an item, without reading more of its videos than one frame."""
+        """The lengths of an item, without reading more of its videos than one frame.
+
+        Of one that cannot be used only the "notes", and whether the row was "refused" for its form.
+        """
         return self._first_usable(index, self.measure, tries=1)
 
     def _first_usable(self, index, make, tries=MOST_TRIES):
-        notes = []
+        notes, refused = [], False
         for step in range(min(tries, len(self))):
             number, row = self.places[(index + step) % len(self)]
             rows, folder, _ = self.sets[number]
@@ -145,6 +156,10 @@ class Conversations(Dataset):
             try:
                 prepared = self.prepare(to_messages(rows[row], self.root or folder))
                 item = make(prepared)
+            except RefusedRow as error:
+                notes.append(("skipped", place, error.reason))
+                refused = True
+                continue
             except Exception as error:  # whatever a damaged file makes a decoder raise
                 notes.append(("skipped", place, f"{type(error).__name__}: {error}"[:500]))
                 continue
@@ -152,10 +167,10 @@ class Conversations(Dataset):
                 notes.append(("shortened", place, prepared.note))
             return {**item, "notes": notes}
         if tries == 1:
-            return {"notes": notes}
+            return {"notes": notes, "refused": refused}
         raise RuntimeError(
             f"{len(notes)} rows in a row cannot be used. Check the data and --data_root. "
-            f"The last one, {notes[-1][1]}: {notes[-1][2]}"
+            f"The last one, {notes[-1][1]}: {notes[-1][2]}" + f"\n{SHOWN_LAYOUTS}" * refused
         )
 
     def prepare(self, messages) -> Prepared:

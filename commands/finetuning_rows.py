@@ -1,16 +1,7 @@
 """What a row of finetune.py's data is: one conversation, in any layout that people have.
 
-    {"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\\nWhat happens?"},
-                                         {"from": "gpt", "value": "A cat sleeps."}]}
-    {"videos": ["a.mp4"], "messages": [{"role": "user", "content": "<video>What happens?"},
-                                       {"role": "assistant", "content": "A cat sleeps."}]}
-    {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"},
-                                               {"type": "text", "text": "What happens?"}]},
-                  {"role": "assistant", "content": [{"type": "text", "text": "A cat sleeps."}]}]}
-    {"video": "a.mp4", "question": "What happens?", "answer": "A cat sleeps."}
-
-`parse_row` alone decides; what it cannot read it refuses by name with a ValueError, and such a row
-is skipped. docs/training.md lists all that is taken.
+`LAYOUTS` has a row of each. `parse_row` alone decides; what it cannot read it refuses by name with
+a `RefusedRow`, and such a row is skipped. docs/training.md lists all that is taken.
 """
 
 import json
@@ -24,6 +15,18 @@ from PIL import Image
 
 from message_parts_videonsa import SOURCE_KEYS, plain_source, read_part
 
+# A row of each layout, as a line of a .jsonl file.
+LAYOUTS = (
+    '{"video": "a.mp4", "question": "What happens?", "answer": "A cat sleeps."}',
+    '{"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\\nWhat happens?"}, '
+    '{"from": "gpt", "value": "A cat sleeps."}]}',
+    '{"videos": ["a.mp4"], "messages": [{"role": "user", "content": "<video>What happens?"}, '
+    '{"role": "assistant", "content": "A cat sleeps."}]}',
+    '{"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, '
+    '{"type": "text", "text": "What happens?"}]}, '
+    '{"role": "assistant", "content": [{"type": "text", "text": "A cat sleeps."}]}]}',
+)
+SHOWN_LAYOUTS = "A row is one of:\n" + "\n".join(LAYOUTS)
 MEDIA = ("image", "video")
 ARTICLES = {"text": "a text", "image": "an image", "video": "a video"}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -100,11 +103,19 @@ PICTURES = set(Image.registered_extensions())
 FILMS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts"}
 
 
+class RefusedRow(ValueError):
+    """A row that cannot be read: its `reason`; the message shows a row of each layout, too."""
+
+    def __init__(self, reason):
+        super().__init__(f"{reason}\n{SHOWN_LAYOUTS}")
+        self.reason = reason
+
+
 def to_messages(row, folder) -> list[dict]:
     """The conversation of a row as messages in Qwen's form, media with their paths.
 
     folder: where relative paths start. An assistant's message may have "loss": False, which is
-    not learned. Raises ValueError for a row that cannot be read, FileNotFoundError for its files.
+    not learned. Raises RefusedRow for a row that cannot be read, FileNotFoundError for its files.
     """
     messages = parse_row(row)
     for part in all_parts(messages):
@@ -124,7 +135,17 @@ def all_parts(messages):
 
 
 def parse_row(row) -> list[dict]:
-    """The messages of a row with media as it names them; looks at no file."""
+    """The messages of a row with media as it names them; looks at no file.
+
+    Raises RefusedRow for a row that cannot be read.
+    """
+    try:
+        return _parse(row)
+    except ValueError as error:
+        raise RefusedRow(str(error)) from None
+
+
+def _parse(row):
     if not isinstance(row, dict):
         raise ValueError(f"a row is an object with messages or conversations, not {_short(row)}")
     given = {key: _plain(_decoded(key, value)) for key, value in row.items()}

@@ -139,11 +139,19 @@ def find_checkpoint(wanted: str | None, output_dir: str) -> Path | None:
 
     wanted: a folder, or "last" (or "true") for the last whole checkpoint of `output_dir`, if any.
     Raises ValueError for a folder that was not completely saved, and either way for one that lacks
-    some of `STATE`: the Trainer would start the optimizer, the schedule or the dropout anew.
+    some of `STATE`: the Trainer would start the optimizer, the schedule or the dropout anew. None
+    while there are checkpoints is a ValueError, too: a new run would write over them.
     """
-    if wanted is None:
-        return None
     whole = whole_checkpoints(output_dir)
+    if wanted is None:
+        if there := sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+            last = f"the last whole one is {whole[-1].name}" if whole else "none of them whole"
+            raise ValueError(
+                f"{output_dir} has checkpoints of an earlier run ({len(there)}; {last}). Go on "
+                "from there? Add --resume_from_checkpoint last. Start anew? Name another "
+                f"--output_dir, or delete {output_dir}."
+            )
+        return None
     if wanted in ("last", "true", "True"):
         if not whole:
             logger.warning("Starting from scratch.")
@@ -171,6 +179,21 @@ def find_checkpoint(wanted: str | None, output_dir: str) -> Path | None:
         )
     logger.warning(f"Resuming from {folder}.")
     return folder
+
+
+def how_to_go_on(args, step: int) -> str:
+    """What to do after an interruption at a step."""
+    whole = whole_checkpoints(args.output_dir)
+    if not whole:
+        return (
+            f"Interrupted at step {step}, before any checkpoint was saved (--save_strategy "
+            f"{args.save_strategy.value}, --save_steps {args.save_steps:g}). The same command "
+            "starts anew."
+        )
+    return (
+        f"Interrupted at step {step}. {whole[-1]} is whole: the same command with "
+        "--resume_from_checkpoint last goes on from there."
+    )
 
 
 def check_keys(model, checkpoint: Path):

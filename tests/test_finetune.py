@@ -18,7 +18,9 @@ from commands.finetuning_arguments import COMMON, ModelArguments
 from commands.finetuning_data import REPORT, Collator, Conversations
 from commands.finetuning_flags import REFUSED
 from commands.finetuning_model import part_of
+from commands.finetuning_rows import LAYOUTS
 from commands.finetuning_saving import whole_checkpoints
+from commands.finetuning_summary import summarize
 from finetuning import (
     ROW,
     TEXT_ROW,
@@ -319,6 +321,60 @@ def test_a_dry_run_measures_and_trains_nothing(folder, tmp_path, capsys):
     assert "Tokens a conversation:" in printed and "GiB" in printed
     assert "6 steps of 2 conversations (3 epochs)" in printed
     assert [path.name for path in tmp_path.iterdir()] == [REPORT]
+
+
+def test_a_refused_row_is_answered_with_a_row_of_each_layout(folder, tmp_path, capsys):
+    data = write_rows(folder / "odd.jsonl", [{"clip_path": "a.mp4", "qa": "What?"}, ROW])
+    run(data, tmp_path, dry_run=True)
+    printed = capsys.readouterr().out
+    assert "odd.jsonl:1: the row has neither messages nor conversations" in printed
+    assert all(layout in printed for layout in LAYOUTS)
+
+
+def test_a_run_measures_a_part_of_much_data(folder, tmp_path, capsys, processor, model):
+    data = Conversations([f"{folder / 'clips.jsonl'}%1000"], processor)
+    args = finetune.parse(flags(folder / "clips.jsonl", tmp_path))
+    summarize(data, model.config, args[0], args[2], at_most=5)
+    printed = capsys.readouterr().out
+    assert f"{len(data)} conversations" in printed and ", of which 5 were measured" in printed
+    tokens = re.search(r"about ([\d,]+) tokens", printed)[1]
+    assert int(tokens.replace(",", "")) > 100 * len(data)  # of all of it
+
+
+def test_a_run_says_what_it_takes_and_what_to_do_with_its_result(folder, tmp_path, capsys):
+    out = tmp_path / "tuned"
+    run(folder / "clips.jsonl", out, max_steps=1)
+    printed = capsys.readouterr().out
+    assert printed.index("Tokens a conversation") < printed.index(f"The result is in {out}")
+    assert f"python ask.py --model {out} VIDEO" in printed
+    assert f"python tools/publish.py --model {out} --repo-id YOU/tuned" in printed
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_interrupted_run_says_how_to_go_on(folder, tmp_path, monkeypatch, capsys, saved):
+    log = finetune.VideoNSATrainer.log
+
+    def interrupt(trainer, logs, *args):
+        log(trainer, logs, *args)
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune.VideoNSATrainer, "log", interrupt)
+    settings = {"save_strategy": "steps", "save_steps": 1} if saved else {}
+    with pytest.raises(SystemExit, match="130"):
+        run(folder / "clips.jsonl", tmp_path, max_steps=3, **settings)
+    printed = capsys.readouterr().out
+    assert "Interrupted at step 2" in printed
+    assert ("checkpoint-1 is whole: the same command with --res" in printed) == saved
+    assert ("before any checkpoint was saved" in printed) != saved
+    if saved:
+        with pytest.raises(ValueError, match=r"\(1; .*checkpoint-1\). Go on .*Start anew\?"):
+            run(folder / "clips.jsonl", tmp_path, max_steps=3)
+
+
+def test_what_can_be_known_before_training_ends_in_one_line(tmp_path):
+    ended = start(ROOT / "finetune.py", flags("gone.jsonl", tmp_path))
+    assert (ended.returncode, ended.stderr) == (2, "finetune.py: there is no file gone.jsonl.\n")
 
 
 def printed_help(capsys, *arguments):

@@ -252,7 +252,7 @@ def test_a_row_opens_its_video_once(processor, folder, opened, share):
     assert opened == [Path(ROW["video"]).name]
 
 
-def test_what_cannot_be_read_is_skipped_counted_and_listed(folder, tmp_path):
+def test_what_cannot_be_read_is_skipped_counted_and_listed(folder, tmp_path, processor):
     (folder / "empty.mp4").write_bytes(b"")
     broken = [clips.cut_short(tmp_path), folder / "empty.mp4", folder / "gone.mp4"]
     rows = [{**ROW, "video": str(path)} for path in broken]
@@ -268,8 +268,11 @@ def test_what_cannot_be_read_is_skipped_counted_and_listed(folder, tmp_path):
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 5 and logs[-1]["skipped_samples"] == 3
 
+    write_rows(folder / "broken.jsonl", rows)
     with pytest.raises(RuntimeError, match="3 rows in a row cannot be used.*--data_root"):
-        run(write_rows(folder / "broken.jsonl", rows), tmp_path / "none", max_steps=1)
+        Conversations([str(folder / "broken.jsonl")], processor)[0]
+    with pytest.raises(ValueError, match="none of 3 conversations can be used.*cut.mp4"):
+        run(folder / "broken.jsonl", tmp_path / "none", max_steps=1)
 
 
 def test_a_placeholder_typed_in_a_text_is_no_medium(processor, folder):

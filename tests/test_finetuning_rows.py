@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from commands.finetuning_data import Conversations
-from commands.finetuning_rows import parse_row, to_messages
+from commands.finetuning_rows import LAYOUTS, RefusedRow, parse_row, to_messages
 from commands.finetuning_sets import read_rows, split_share
 from finetuning import ROW, TEXT_ROW, run, write_rows
+from paths import ROOT
 
 
 def user(content):
@@ -40,6 +41,27 @@ def said(row):
         role = message["role"] if message.get("loss", True) else f"-{message['role']}"
         lines.append((role, "".join(map(str, parts))))
     return lines
+
+
+def test_the_rows_that_are_shown_say_the_same_and_stand_in_the_docs():
+    rows = [json.loads(layout) for layout in LAYOUTS]
+    expected = [("user", "<a.mp4>What happens?"), ("assistant", "A cat sleeps.")]
+    assert [said(row) for row in rows] == [expected] * 4
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    shown = page.partition("## What a row of data may be")[2].partition("```json\n")[2]
+    shown, decoder = shown.partition("```")[0].strip(), json.JSONDecoder()
+    for row in rows:
+        in_docs, end = decoder.raw_decode(shown)
+        assert in_docs == row
+        shown = shown[end:].strip()
+    assert not shown
+
+
+def test_a_refusal_says_why_and_shows_a_row_of_each_layout():
+    with pytest.raises(RefusedRow) as refused:
+        parse_row({"video": "a.mp4", "text": "What happens?"})
+    assert refused.value.reason.startswith("the row has neither messages nor conversations")
+    assert all(layout in str(refused.value) for layout in LAYOUTS)
 
 
 ASKED = [("user", "<a.mp4>What?"), ("assistant", "red")]

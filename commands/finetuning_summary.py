@@ -1,11 +1,14 @@
-"""What finetune.py --dry_run prints: lengths of the data, steps, and a forecast of the memory.
+"""What finetune.py says before it trains, what training will take, and after it, what to do next.
 
-Nothing trains and no weights are loaded; of each video no more than one frame is decoded.
+`summarize` loads no weights and decodes no more than one frame of each video. --dry_run measures
+all of the data, and a run a part of it, so that much data does not keep it from starting.
 """
 
 import math
+import random
 import statistics
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -14,42 +17,57 @@ from transformers import AutoModelForImageTextToText
 
 from commands.finetuning_data import DataReport
 from commands.finetuning_model import PARTS, choose_trained, part_of, run_dtype
+from commands.finetuning_rows import SHOWN_LAYOUTS
+
+MEASURED = 200  # conversations that a run measures before it starts
 
 
 class Measured(Dataset):
-    """The lengths of the items of `Conversations`."""
+    """The lengths of some items of `Conversations`."""
 
-    def __init__(self, data):
-        self.data = data
+    def __init__(self, data, indices):
+        self.data, self.indices = data, indices
 
     def __len__(self):
-        return len(self.data)
+        return len(self.indices)
 
     def __getitem__(self, index):
-        return self.data.measured(index)
+        return self.data.measured(self.indices[index])
 
 
-def dry_run(data, config, model_args, args):
-    """Goes through the data and prints its lengths and what training on it would take."""
+def summarize(data, config, model_args, args, at_most: int | None = MEASURED):
+    """Prints the lengths of the data and what training on it will take.
+
+    at_most: conversations that are measured, drawn by the seed; None for all. Raises ValueError
+    where none of them can be used.
+    """
+    indices = range(len(data))
+    if at_most is not None and len(data) > at_most:
+        indices = sorted(random.Random(args.seed).sample(indices, at_most))
     loader = DataLoader(
-        Measured(data), batch_size=None, num_workers=args.dataloader_num_workers, shuffle=False
+        Measured(data, indices), batch_size=None, num_workers=args.dataloader_num_workers
     )
     items = list(tqdm(loader, desc="Measuring", unit=" rows", disable=args.disable_tqdm))
     notes = [note for item in items for note in item["notes"]]
     usable = [item for item in items if "tokens" in item]
     report = DataReport(args.output_dir)
-    report.clear()
     shown = report.add(notes)
     counts = Counter(what for what, _, _ in notes)
-    print(f"{len(data):,} conversations in {', '.join(data.names)}")
+    some = f", of which {len(items):,} were measured" if len(items) < len(data) else ""
+    print(f"{len(data):,} conversations in {', '.join(data.names)}{some}")
     print(
         f"{counts['skipped']:,} would be skipped, {counts['shortened']:,} give up frames to meet "
-        f"--max_tokens: see {report.path}"
+        "--max_tokens" + (f": see {report.path}" if notes else "")
     )
     for note in shown:
         print(f"  {note}")
+    if any(item.get("refused") for item in items):
+        print(SHOWN_LAYOUTS)
     if not usable:
-        raise SystemExit("No conversation can be used.")
+        raise ValueError(
+            f"none of {len(items):,} conversations can be used. The first, {notes[0][1]}: "
+            f"{notes[0][2]}"
+        )
     tokens = sorted(item["tokens"] for item in usable)
     vision, labels = (sum(item[name] for item in usable) for name in ("vision_tokens", "labels"))
     print(
@@ -68,7 +86,8 @@ def dry_run(data, config, model_args, args):
         f"{sum(tokens) / len(usable) * len(data) * epochs:,.0f} tokens"
     )
     longest = max(usable, key=lambda item: item["tokens"])
-    forecast_memory(config, model_args, args, longest)
+    if not args.deepspeed or at_most is None:  # its models cannot be made by one process alone
+        forecast_memory(config, model_args, args, longest)
 
 
 def forecast_memory(config, model_args, args, longest):
@@ -97,4 +116,15 @@ def forecast_memory(config, model_args, args, longest):
         f"Memory for batches of the longest conversation, an estimate without sharding: "
         f"{(weights + layer + logits) / 2**30:.2f} GiB (weights and optimizer "
         f"{weights / 2**30:.2f}, activations {layer / 2**30:.2f}, logits {logits / 2**30:.2f})"
+    )
+
+
+def print_next_steps(args):
+    """Says where the result of a run is, and how it is asked and published."""
+    out = Path(args.output_dir)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    print(
+        f"The result is in {out}, {size / 2**20:,.1f} MiB of weights.\n"
+        f'  ask it:       python ask.py --model {out} VIDEO "QUESTION"\n'
+        f"  publish it:   python tools/publish.py --model {out} --repo-id YOU/{out.resolve().name}"
     )
