@@ -69,14 +69,16 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
     def _forward_sparse(self, hidden_states, position_embeddings, plan, cache):
         """[B, S, hidden] to [B, S, hidden], by the plan."""
         query, key, value = self._project(hidden_states, position_embeddings)
+        if plan.shard is not None:
+            key, value = plan.shard.gather_heads(key, value)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         if query.shape[2] != plan.num_queries or key.shape[2] < plan.num_keys:
             raise ValueError(
                 f"layer {self.layer_idx} got {query.shape[2]} queries and {key.shape[2]} keys, but "
                 f"its vision tokens were found among {plan.num_queries} and {plan.num_keys}: "
-                "something cut the sequence into shards, which the sparse attention does not "
-                "support. Turn context or sequence parallelism off."
+                "something else than the model's own shard_sequences cut the sequence into shards. "
+                "Turn context or sequence parallelism off."
             )
         gates = self.gates(hidden_states[plan.vision_queries])
         device = query.device.type

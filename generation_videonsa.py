@@ -4,6 +4,7 @@
 - Media that the cache has already are not read again when the whole conversation is passed.
 - Images and videos are encoded as the prompt is read, a chunk at a time
   (media_features_videonsa.py).
+- Processes that share out the prompt (sharding_videonsa.py) draw the same random numbers.
 
 `generate` and `create_masks_for_generate` are public. The methods that begin with `_` are private
 ones of transformers' GenerationMixin, as versions 5.17 to 5.24 call them (5.17 has no
@@ -32,6 +33,7 @@ from .library_videonsa import cache_of, create_masks_for_generate
 from .media_features_videonsa import PIXELS, PREFILL_CHUNK_SIZE, has_media
 from .packing_videonsa import valid_tokens
 from .positions_videonsa import check_prompt, positions_of_new_tokens, state_in, state_of
+from .sharding_videonsa import draw_alike
 
 MAX_RESERVED = 1024  # tokens of an answer that the cache has room for from the start
 
@@ -53,6 +55,8 @@ class VideoNSAGenerationMixin(GenerationMixin):
             kwargs["mm_token_type_ids"] = torch.zeros_like(input_ids)
         if kwargs.get("cache_implementation") != "paged":  # which serves text, also as lists
             self._check_turn(input_ids, kwargs)
+        if (group := self.model.language_model.nsa_group) is not None:
+            draw_alike(group, self.device)
         with recording(self.model.language_model):
             return super().generate(inputs, generation_config, *args, **kwargs)
 

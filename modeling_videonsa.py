@@ -6,7 +6,8 @@ Only what differs from Qwen2.5-VL stands here:
   (attention_videonsa.py). On a GPU `generate` records its decoding steps (decoding_videonsa.py).
 - `VideoNSAModel`: finds the vision tokens, gives every token its position, lays the rows out, and
   reads long prompts in chunks. What a later turn needs is kept with the cache.
-- `VideoNSAForConditionalGeneration`: the whole model, with `generate` of generation_videonsa.py.
+- `VideoNSAForConditionalGeneration`: the whole model, with `generate` of generation_videonsa.py,
+  and `shard_sequences` for several processes (sharding_videonsa.py).
 
 Which rows are which is found in packing_videonsa.py, positions are counted in
 positions_videonsa.py, and images and videos are encoded piece by piece by
@@ -61,6 +62,7 @@ from .media_features_videonsa import (
 from .nsa_released import released_tokens
 from .packing_videonsa import NSAPlan, make_plan, mask_of_chunk, packed_samples, valid_tokens
 from .positions_videonsa import positions_of_new_tokens, rope_index, state_in, state_of
+from .sharding_videonsa import check_same_call, checked_group, shard_plan
 from .vision_videonsa import VideoNSAVisionTower
 
 logger = logging.get_logger(__name__)
@@ -98,6 +100,7 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
         config.validate_nsa()
         super().__init__(config)
         _refuse_foreign_attention(config)
+        self.nsa_group = None  # of processes that share out sequences: see `shard_sequences`
         self.norm = VideoNSARMSNorm(config.hidden_size, config.rms_norm_eps)
         for index in range(len(self.layers)):
             self.layers[index] = Qwen2_5_VLDecoderLayer(config, index)
@@ -114,7 +117,8 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
     ):
         """Stock, but for nsa_plan, the layout of a call with new vision tokens.
 
-        A step of one token a row is replayed where `generate` has a recorder for it.
+        With a plan's shard, the layers run for its rows alone; what comes in and what is returned
+        are all rows. A step of one token a row is replayed where `generate` has a recorder for it.
         """
         cache = cache_of(kwargs)
         use_buffers(cache)
@@ -134,13 +138,18 @@ class VideoNSATextModel(Qwen2_5_VLTextModel):
             # The plan stands for the mask, and one of all pairs of tokens would be enormous.
             attention_mask = {"full_attention": None}
             kwargs["nsa_plan"] = nsa_plan
-        return super().forward(
+        shard = None if "nsa_plan" not in kwargs else nsa_plan.shard
+        if shard is not None:
+            inputs_embeds = shard.take(inputs_embeds)
+            position_ids = shard.take_positions(position_ids)
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        return outputs if shard is None else shard.gather_outputs(outputs)
 
 
 class VideoNSAModel(Qwen2_5_VLModel):
@@ -194,12 +203,15 @@ class VideoNSAModel(Qwen2_5_VLModel):
         check_chunk_size(nsa_chunk_size)
         tokens = inputs_embeds if input_ids is None else input_ids
         rows, new = tokens.shape[:2]
+        group = self.language_model.nsa_group
         check_positions(position_ids, rows, new)
         check_cache(cache, rows)
         check_pixels(self.config, call)
         goes_on = position_ids is None and getattr(cache, "nsa_state", None) is not None
         cached = _cached_length(cache, new, wait=goes_on or has_media(call))
         check_room(cache, cached, new)
+        if group is not None and new > 1:
+            check_same_call(group, tokens, int(cached))
         if not getattr(cache, "is_compileable", False):  # a static cache takes masks of its length
             check_mask(attention_mask, rows, cached + new)
         if has_media(call) or _is_prompt(tokens, cached):
@@ -256,7 +268,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
         sample = None
         if cache_of(call) is None:
             sample = packed_samples(call["attention_mask"], call["position_ids"])
-        plan = make_plan(vision, new, valid, sample)
+        plan = self._make_plan(vision, new, valid, sample)
         return super().forward(nsa_plan=plan, return_dict=True, **call)
 
     def _forward_in_chunks(
@@ -290,7 +302,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
             seen, present = (None if x is None else x[:, : cached + end] for x in (vision, valid))
             plan = None
             if seen is not None:
-                plan = make_plan(seen, end - start, present, device=tokens.device)
+                plan = self._make_plan(seen, end - start, present, device=tokens.device)
             outputs = super().forward(
                 inputs_embeds=put_features(embeds, media, start, end),
                 attention_mask=mask_of_chunk(attention_mask, start, end, cache, cached),
@@ -300,6 +312,14 @@ class VideoNSAModel(Qwen2_5_VLModel):
                 **kwargs,
             )
         return outputs
+
+    def _make_plan(self, vision, new, valid, sample=None, device=None):
+        """`make_plan`, or this process's part of it."""
+        group, device = self.language_model.nsa_group, device or vision.device
+        if group is None:
+            return make_plan(vision, new, valid, sample, device)
+        whole = make_plan(vision, new, valid, sample, device="cpu")
+        return shard_plan(whole, len(vision), group, device)
 
     def _vision_tokens(self, mm_token_type_ids, call):
         """bool [B, S]: the placeholders of the modalities in nsa_modalities; None without any.
@@ -375,6 +395,17 @@ class VideoNSAForConditionalGeneration(VideoNSAGenerationMixin, Qwen2_5_VLForCon
                 "and load what comes of that."
             )
         return (model, info) if output_loading_info else model
+
+    def shard_sequences(self, group: "torch.distributed.ProcessGroup | None" = None) -> None:
+        """Share out the tokens of every later call with images or videos over a group's processes.
+
+        Each process has the model, on a device of its own, and makes the same calls with the same
+        inputs; it gets the outputs, and the whole cache, that one process alone would have. The
+        group is that of all processes by default; a group of one process shares nothing out. Calls
+        of text alone and decoding are not shared out.
+        """
+        text = self.model.language_model
+        text.nsa_group = self.model.visual.nsa_group = checked_group(text.config, group)
 
     def save_pretrained(self, *args, **kwargs):
         """Stock, with the keys of the state dict: other keys would not resume in the Trainer."""

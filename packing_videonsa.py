@@ -7,10 +7,13 @@ from the attention mask by `valid_tokens`, and samples packed into one batch row
 `packed_samples`.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from .sharding_videonsa import Shard
 
 Index = tuple[torch.Tensor | int, torch.Tensor | slice]
 
@@ -35,6 +38,7 @@ class NSAPlan(NamedTuple):
     all_keys: Index
     cu_text_queries: torch.Tensor
     cu_all_keys: torch.Tensor
+    shard: "Shard | None" = None  # the rows that this process runs, of those that all of them do
 
     @property
     def is_all_vision(self) -> bool:

@@ -36,6 +36,7 @@ from .library_videonsa import (
     merge_with_config_defaults,
 )
 from .packing_videonsa import send
+from .sharding_videonsa import gather_parts, share_frames
 
 logger = logging.get_logger(__name__)
 
@@ -215,6 +216,7 @@ class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
             block.attn = VideoNSAVisionAttention(config)
             block.mlp = VideoNSAVisionMLP(config, bias=True)
         self.merger.ln_q = VideoNSARMSNorm(config.hidden_size, eps=1e-6)
+        self.nsa_group = None  # of processes that share out frames: see `shard_sequences`
         self.post_init()
 
     @merge_with_config_defaults
@@ -250,9 +252,12 @@ class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
         trains = torch.is_grad_enabled() and (
             hidden_states.requires_grad or any(x.requires_grad for x in self.parameters())
         )
-        chunks = [(0, len(frames) - 1)]
+        shares = None if records else share_frames(frames, self.nsa_group)
+        begin, end = (0, len(frames) - 1) if shares is None else shares[self.nsa_group.rank()]
+        chunks = [(begin, end)]
         if not (trains or records or _is_sharded(self.blocks)):
-            chunks = _chunks(frames)
+            pieces = _chunks(frames[begin : end + 1])
+            chunks = [(begin + first, begin + last) for first, last in pieces]
         outputs = []
         with contextlib.nullcontext() if trains else torch.no_grad():
             for first, last in chunks:
@@ -273,6 +278,10 @@ class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
             last, merged = outputs[0]
         else:
             last, merged = torch.cat(last), torch.cat(merged)
+        if shares is not None:
+            patches = [int(frames[stop] - frames[start]) for start, stop in shares]
+            last = gather_parts(last, patches, self.nsa_group)
+            merged = gather_parts(merged, [count // unit for count in patches], self.nsa_group)
         return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=merged)
 
     def _encode(self, pixels, positions, layout, kwargs):

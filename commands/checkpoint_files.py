@@ -34,6 +34,7 @@ CODE_FILES = (
     "modeling_videonsa.py",
     "attention_videonsa.py",
     "packing_videonsa.py",
+    "sharding_videonsa.py",
     "positions_videonsa.py",
     "media_features_videonsa.py",
     "call_checks_videonsa.py",

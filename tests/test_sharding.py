@@ -1,0 +1,88 @@
+"""One sequence over several processes: the results of one process, and work that is shared."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from videonsa import sharding_videonsa as sharding
+from videonsa.packing_videonsa import make_plan
+
+from finetuning import start
+from paths import ROOT
+
+CPU = torch.device("cpu")
+# Of an even share of the work, and of 0 where something did not happen at all; the rest is float64.
+ALLOWED = {"rows": 0.02, "patches": 0.02, "same tokens": 0, "another word": 0, "another length": 0}
+
+
+def group(size, rank=0):
+    return SimpleNamespace(size=lambda: size, rank=lambda: rank)
+
+
+def test_several_processes_compute_what_one_does():
+    done = start(ROOT / "tests" / "shard_on_cpus.py", [])
+    assert done.returncode == 0, done.stderr[-5000:]
+    wrong = [
+        f"{size} processes, {case}: {what} {error:.1e}"
+        for size, cases in json.loads(done.stdout.splitlines()[-1]).items()
+        for case, errors in cases.items()
+        for what, error in errors.items()
+        if not error <= ALLOWED.get(what, 1e-12)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("pattern", ["ttvvvvvvvvvvvvvvvvvvvvvvvtttt", "v", "tvtvvtt", "vvvvvvv"])
+def test_every_row_is_one_processes_and_no_process_has_many_more(pattern, size):
+    vision = torch.tensor([[token == "v" for token in pattern]] * 2)
+    valid = torch.ones_like(vision)
+    valid[1, :1] = vision[1, 1:].any()
+    plan = make_plan(vision, vision.shape[1], valid)
+    parts = [
+        sharding.shard_plan(plan, 2, group(size, rank), torch.device("cpu")) for rank in range(size)
+    ]
+    rows = torch.cat([part.shard.rows for part in parts])
+    assert torch.equal(rows[parts[0].shard.order], torch.arange(vision.numel()))
+    for name in ("cu_vision_queries", "cu_text_queries"):
+        assert sum(int(getattr(part, name)[-1]) for part in parts) == getattr(plan, name)[-1]
+    assert len({part.num_queries for part in parts}) == 1
+    assert parts[0].num_queries <= -(-vision.numel() // size) + 4
+
+
+def test_the_work_of_a_long_video_is_even():
+    """By the keys that the queries of each process see."""
+    vision = torch.ones(1, 4000, dtype=torch.bool)
+    plan = make_plan(vision, 4000)
+    seen = []
+    for rank in range(4):
+        part = sharding.shard_plan(plan, 1, group(4, rank), CPU)
+        seen.append(part.shard.rows.sum().item() + len(part.shard.rows))
+    assert max(seen) <= 1.01 * min(seen)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("lengths", [[4] * 9, [100, 1, 1, 1], [1, 1, 1, 100], [1, 50, 1, 50]])
+def test_every_process_has_frames_and_none_is_left_out(lengths, size):
+    frames = torch.tensor([0, *lengths]).cumsum(0)
+    shares = sharding.share_frames(frames, group(size))
+    assert [first for first, _ in shares] == [0, *(last for _, last in shares[:-1])]
+    assert shares[-1][1] == len(lengths) and all(first < last for first, last in shares)
+
+
+def test_fewer_frames_than_processes_are_not_shared():
+    assert sharding.share_frames(torch.tensor([0, 4, 8]), group(3)) is None
+    assert sharding.share_frames(torch.tensor([0, 4, 8]), None) is None
+
+
+def test_a_group_has_to_be_made_first(model):
+    with pytest.raises(ValueError, match="before torch.distributed.init_process_group"):
+        model.shard_sequences()
+
+
+def test_the_released_semantics_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    config = SimpleNamespace(nsa_semantics="released")
+    with pytest.raises(ValueError, match="tokens see later ones"):
+        sharding.checked_group(config, None)
