@@ -134,7 +134,7 @@ class PlannedFile(_Planned):
             # In the reader's thread: the one that stacks frames is alone, and copies these fast.
             return resize(frame).contiguous()
 
-        readers = self.settings.video_readers or default_readers()
+        readers = self.settings.video_readers or default_readers(math.prod(self.file.stored))
         gpu = gpu_of(self.settings.video_decoder)
         with self.take_file() as file:
             try:

@@ -25,6 +25,9 @@ THREAD_NAME = "VideoReader"
 # Frames that have to be decoded for a group, at least. To open a container costs as much as to
 # decode 30 to 65 frames of 640 x 360 pixels (docs/log.md).
 GROUP_FRAMES = 64
+# Pixels of a frame for each reader that pays: between two packets a reader needs Python's lock, and
+# the less there is to decode, the sooner readers only wait for it (docs/log.md).
+PIXELS_PER_READER = 640 * 360 // 8
 # An H100 has seven decoders.
 GPU_READERS = 8
 # Bytes of resized frames that wait for those before them, over all readers.
@@ -113,9 +116,14 @@ def gpu_of(decoder: str | None) -> int | None:
         ) from error
 
 
-def default_readers() -> int:
-    """As many as there are cores; one in a worker of a DataLoader, which has others beside it."""
-    return usable_cores() if torch.utils.data.get_worker_info() is None else 1
+def default_readers(pixels: int) -> int:
+    """How many readers read a video whose frames have so many pixels.
+
+    As many as pay and there are cores; one in a worker of a DataLoader, which has others beside it.
+    """
+    if torch.utils.data.get_worker_info() is not None:
+        return 1
+    return min(usable_cores(), math.ceil(pixels / PIXELS_PER_READER))
 
 
 def usable_cores() -> int:

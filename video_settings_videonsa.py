@@ -23,7 +23,7 @@ class VideoSettings:
     do_sample_frames: False for every frame there is; True also samples frames that are given.
     do_resize: False where frames that are given have a size that can be used already.
     video_start, video_end: seconds of the part of a file that is taken.
-    video_readers: how many threads read a file at most; None for as many as there are cores.
+    video_readers: how many threads read a file at most; None: see `default_readers`.
     video_decoder: "cpu", or "cuda" where NVIDIA's decoder is to help.
     fps_given: whether fps was asked for, and is not a default.
 

@@ -46,6 +46,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=[*CLASSES], choices=[*CLASSES])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--new_tokens", type=int, default=33, help="of an answer, at least 2")
+    parser.add_argument("--semantics", default="paper", choices=["paper", "released"], help="ours")
     parser.add_argument("--static", action="store_true")
     parser.add_argument("--train", action="store_true")
     args = parser.parse_args()
@@ -56,6 +57,8 @@ def main():
     )
     for name in args.models:
         model = make_model(*CLASSES[name])
+        if name == "ours":
+            model.config.text_config.nsa_semantics = args.semantics
         train(name, model, args) if args.train else infer(name, model, args)
         del model
         gc.collect()
@@ -84,15 +87,17 @@ def make_model(config_class, model_class):
 class MadePixels:
     """Rows of pixels that are made when they are read."""
 
+    dtype = torch.bfloat16
+
     def __init__(self, rows):
-        self.rows = rows
+        self.shape = (rows, 1176)
 
     def __len__(self):
-        return self.rows
+        return self.shape[0]
 
     def __getitem__(self, rows):
-        first, last, _ = rows.indices(self.rows)
-        return torch.randn(last - first, 1176, device="cuda", dtype=torch.bfloat16)
+        first, last, _ = rows.indices(len(self))
+        return torch.randn(last - first, 1176, device="cuda", dtype=self.dtype)
 
 
 def make_inputs(model, tokens):

@@ -539,11 +539,17 @@ class Defaults(torch.utils.data.Dataset):
         return 2
 
     def __getitem__(self, index):
-        return default_readers()
+        return default_readers(10**9)
+
+
+def test_there_are_readers_for_large_frames_on_all_cores(monkeypatch):
+    monkeypatch.setattr(video_readers_videonsa, "usable_cores", lambda: 16)
+    sizes = ((1, 1), (160, 120), (640, 360), (1280, 720), (3840, 2160))
+    assert [default_readers(height * width) for height, width in sizes] == [1, 1, 8, 16, 16]
 
 
 def test_a_worker_of_a_loader_has_one_reader():
-    assert default_readers() == usable_cores()
+    assert default_readers(10**9) == usable_cores()
     loader = torch.utils.data.DataLoader(Defaults(), num_workers=1, batch_size=None)
     assert list(loader) == [1, 1]
 
