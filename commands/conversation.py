@@ -8,7 +8,6 @@ reads the planned videos as a stream while it answers.
 import gc
 import http.client
 import io
-import math
 import os
 import re
 import time
@@ -20,6 +19,7 @@ from PIL import Image
 from transformers import TextStreamer
 
 from commands.forecast import Forecast
+from commands.subtitles import with_subtitles
 from message_parts_videonsa import is_address, is_animated, is_picture, plain_source
 from video_plan_videonsa import describe_clock
 
@@ -103,18 +103,20 @@ class Conversation:
         self.settings, self.max_tokens = settings or {}, max_tokens
         self.generation = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
         self.write, self.say, self.earlier = write, say, list(earlier)
+        self.said_length = False
         self.sequence = None  # ids [1, length] of all turns so far
         self.cache = {}  # under the name that generate takes it by
 
-    def ask(self, files, question, report=print):
+    def ask(self, files, question, report=print, spoken=()):
         """Answers one question about these files and what came before; returns a record of it.
 
         report: takes a line about each file and about the whole, before the model runs.
+        spoken: what is said in the video, from `read_subtitles`, to be put before the question.
 
         Raises TooLarge where memory does not suffice. After this and any other exception, Ctrl-C
         too, the conversation is as it was before the question.
         """
-        turn = self.prepare(files, question, report)
+        turn = self.prepare(files, question, report, spoken)
         if turn.is_too_large:
             raise TooLarge(too_large("this does not fit", turn))
         self.notice_length(turn)
@@ -135,9 +137,9 @@ class Conversation:
             "answering_seconds": round(time.monotonic() - start, 2),
         }
 
-    def prepare(self, files, question, report=print) -> Turn:
+    def prepare(self, files, question, report=print, spoken=()) -> Turn:
         """The turn of a question about these files, reported as for `ask` and not answered."""
-        messages = self.messages(files, question)
+        messages = self.messages(files, with_subtitles(spoken, question))
         files = [*(file for turn in self.earlier for file in turn[0]), *files]
         turn = self.make_turn(*self.plan(files, messages))
         for medium in turn.media:
@@ -149,6 +151,8 @@ class Conversation:
             "vision tokens"
         )
         report(turn.forecast.describe())
+        if spoken:
+            self.refuse_length(turn)
         return turn
 
     def make_turn(self, messages, media) -> Turn:
@@ -163,14 +167,29 @@ class Conversation:
         forecast = self.forecast_memory(prompt, sum(tokens), new_tokens)
         return Turn(messages, media, text, sum(tokens), prompt, forecast)
 
+    def check_settings(self):
+        """Raises ValueError for a setting that no video can be read with."""
+        settings = {**self.settings, "max_tokens": self.max_tokens}
+        given = {name: value for name, value in settings.items() if value is not None}
+        type(self.processor.video_processor)(**given)
+
     def notice_length(self, turn):
         """Says once where a prompt is longer than the model was made for."""
-        if turn.prompt_tokens > self.max_position_embeddings:
+        if turn.prompt_tokens > self.max_position_embeddings and not self.said_length:
             self.say(
                 f"notice: the model was made for {self.max_position_embeddings:,} tokens; "
                 "--max-tokens takes less of the videos"
             )
-            self.max_position_embeddings = math.inf
+            self.said_length = True
+
+    def refuse_length(self, turn):
+        """Raises TooLarge where subtitles make a prompt longer than the model was made for."""
+        if turn.prompt_tokens > self.max_position_embeddings:
+            raise TooLarge(
+                f"with its subtitles the prompt has {turn.prompt_tokens:,} tokens, more than the "
+                f"{self.max_position_embeddings:,} that the model was made for: {REMEDY}, or leave "
+                "--subtitles out"
+            )
 
     def reset(self):
         """Starts anew, with the model as it is."""
