@@ -15,11 +15,16 @@ conversations that gave up frames for --max_tokens are listed in data_report.jso
 folder. A run first says what training on the data will take; --dry_run measures all of it, says
 that, and trains nothing.
 
+--eval_data is scored at the end, and by --eval_strategy on the way: its loss, and exact match of
+answers that are generated for a sample. --load_best_model_at_end and --early_stopping_patience go
+by these.
+
 --train names what trains: vision (the tower), merger, llm, gates. With --lora_r, vision and llm get
 adapters, and merger and gates train whole beside them. What trains is kept in float32; the rest is
 in bfloat16 with --bf16. --resume_from_checkpoint last goes on from the last checkpoint, if any.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -29,7 +34,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from commands import finetuning_arguments
 from commands.finetuning_data import Collator, Conversations, DataReport
-from commands.finetuning_flags import refuse_together
+from commands.finetuning_flags import refuse_evaluation, refuse_together
 from commands.finetuning_model import keep_vision_calls_equal, load_model
 from commands.finetuning_saving import (
     check_keys,
@@ -56,6 +61,7 @@ def prepare(argv):
     """
     model_args, data_args, args = parse(argv)
     refuse_together(model_args, args)
+    refuse_evaluation(data_args, args)
     checkpoint = None
     if not data_args.dry_run:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
@@ -73,14 +79,16 @@ def prepare(argv):
         processor = AutoProcessor.from_pretrained(name, **load)
         if code := getattr(config, "auto_map", {}).get("AutoModelForImageTextToText"):
             get_class_from_dynamic_module(code, name, revision=revision)
-    data = Conversations(
-        data_args.data,
-        processor,
+    read = functools.partial(
+        Conversations,
+        processor=processor,
         root=data_args.data_root,
         settings=data_args.video_settings(),
         max_tokens=data_args.max_tokens,
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
+    data = read(data_args.data)
+    eval_data = read(data_args.eval_data) if data_args.eval_data else None
     if args.process_index == 0:
         if unread := data.unread_keys():
             logger.warning(
@@ -89,7 +97,7 @@ def prepare(argv):
         if checkpoint is None:
             DataReport(args.output_dir).clear()
         at_most = {"at_most": None} if data_args.dry_run else {}
-        summarize(data, config, model_args, args, **at_most)
+        summarize(data, eval_data, config, model_args, args, **at_most)
     if data_args.dry_run:
         return None
 
@@ -102,11 +110,14 @@ def prepare(argv):
         model=model,
         args=args,
         papers=papers,
+        eval_answers=data_args.eval_answers if eval_data else 0,
         train_dataset=data,
+        eval_dataset=eval_data,
         data_collator=Collator(processor, config),
         processing_class=processor,
     )
-    keep_vision_calls_equal(trainer.base, data.kinds_of_media())
+    kinds = max(one.kinds_of_media() for one in (data, eval_data) if one is not None)
+    keep_vision_calls_equal(trainer.base, kinds)
     return trainer, checkpoint, model_args, data_args
 
 
@@ -119,9 +130,10 @@ def train(trainer, checkpoint, model_args, data_args):
         if is_first:
             print(f"\n{how_to_go_on(trainer.args, trainer.state.global_step)}")
         sys.exit(130)
+    scores = trainer.last_evaluation()
     save_result(trainer, model_args)
     if is_first:
-        print_next_steps(trainer.args)
+        print_next_steps(trainer.args, scores)
 
 
 def main(argv=None):

@@ -27,6 +27,7 @@ from commands.evaluation_manifest import (
 )
 from commands.evaluation_presets import ALIASES, LIMITS
 from commands.model_card import find_file
+from commands.questions import collate
 from nsa_released import vision_by_position
 from nsa_rules import BRANCHES
 
@@ -344,23 +345,6 @@ def generation_settings(asked):
         "until": [stop for stop in until if stop != "\n\n"],
         "without_effect": without_effect,
     }
-
-
-def collate(inputs, pad):
-    """Inputs of single samples as one batch, padded on the left."""
-    if len(inputs) == 1:
-        return inputs[0]
-    batch, longest = type(inputs[0])(), max(one["input_ids"].shape[1] for one in inputs)
-    for name in {name: None for one in inputs for name in one}:
-        parts = [torch.as_tensor(one[name]) for one in inputs if name in one]
-        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            value = pad if name == "input_ids" else 0
-            parts = [
-                torch.nn.functional.pad(part, (longest - part.shape[1], 0), value=value)
-                for part in parts
-            ]
-        batch[name] = torch.cat(parts)
-    return batch
 
 
 def refuse_all_unreadable(records):

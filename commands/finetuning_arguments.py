@@ -36,10 +36,14 @@ COMMON = {
     "gradient_checkpointing": "less memory for about a third more time",
     "logging_steps": "every how many steps the loss is logged",
     "report_to": "tensorboard, wandb, trackio, ...",
-    "save_strategy": "no, steps or epoch",
+    "save_strategy": "no, steps, epoch or best",
     "save_steps": "every how many steps a checkpoint is saved",
     "save_total_limit": "checkpoints that are kept",
     "resume_from_checkpoint": "last, or the folder of a checkpoint to go on from",
+    "eval_strategy": "no, steps or epoch: when --eval_data is scored besides at the end",
+    "eval_steps": "every how many steps",
+    "load_best_model_at_end": "the result is the best checkpoint, not the last",
+    "metric_for_best_model": "loss or exact_match",
     "use_cpu": "train on the CPU although there is a GPU",
     "seed": "of all that is drawn",
     "push_to_hub": "push the result (--hub_model_id names the repository)",
@@ -113,6 +117,16 @@ class DataArguments:
             "help": "data sets to train on, each with an optional share: set.json%%50",
         }
     )
+    eval_data: list[str] | None = field(
+        default=None,
+        metadata={
+            "metavar": "SET",
+            "help": "data sets to score: the loss, and exact match of generated answers",
+        },
+    )
+    eval_answers: int = field(
+        default=20, metadata={"help": "answers of --eval_data that are generated; 0 for the loss"}
+    )
     data_root: str | None = field(
         default=None, metadata={"metavar": "DIR", "help": "where paths of media start from"}
     )
@@ -147,6 +161,9 @@ class FinetuneArguments(TrainingArguments):
     gate_lr: float | None = field(default=None, metadata={"help": "learning rate of the gates"})
     merger_lr: float | None = field(default=None, metadata={"help": "of the merger"})
     vision_lr: float | None = field(default=None, metadata={"help": "of the vision tower"})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "stop after so many evaluations without a better one"}
+    )
     gates_by_layer_every: int = field(
         default=10, metadata={"help": "every how many logs the gates are logged layer by layer"}
     )

@@ -23,6 +23,7 @@ from commands.finetuning_rows import (
     unread_keys,
 )
 from commands.finetuning_sets import read_set, split_share
+from commands.questions import questions_of
 from nsa_rules import count_visits
 
 IGNORE = -100
@@ -146,6 +147,13 @@ class Conversations(Dataset):
         Of one that cannot be used only the "notes", and whether the row was "refused" for its form.
         """
         return self._first_usable(index, self.measure, tries=1)
+
+    def questions(self, index) -> list[tuple[list, str]]:
+        """(messages of the prompt, right answer) of an item; none where it cannot be used."""
+        item = self._first_usable(
+            index, lambda prepared: {"questions": questions_of(prepared.messages)}, tries=1
+        )
+        return item.get("questions", [])
 
     def _first_usable(self, index, make, tries=MOST_TRIES):
         notes, refused = [], False

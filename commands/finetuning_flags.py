@@ -8,29 +8,20 @@ import dataclasses
 import math
 from pathlib import Path
 
-EVALUATES = "finetune.py does not evaluate while it trains: use evaluation.py on what it saves"
+ITS_OWN = "finetune.py evaluates by its own loss and answers"
 READS_ALL = "it would read every video once before the first step: sort the data yourself"
 IN_STEP = "batches are made by finetune.py, and all processes get equally many"
 COMPILES = "the kernels are compiled already, and every batch has shapes of its own"
 REFUSED = {
-    "do_eval": EVALUATES,
-    "do_predict": EVALUATES,
-    "eval_strategy": EVALUATES,
-    "eval_steps": EVALUATES,
-    "eval_delay": EVALUATES,
-    "eval_on_start": EVALUATES,
-    "eval_accumulation_steps": EVALUATES,
-    "eval_do_concat_batches": EVALUATES,
-    "eval_use_gather_object": EVALUATES,
-    "per_device_eval_batch_size": EVALUATES,
-    "batch_eval_metrics": EVALUATES,
-    "include_for_metrics": EVALUATES,
-    "prediction_loss_only": EVALUATES,
-    "bf16_full_eval": EVALUATES,
-    "fp16_full_eval": EVALUATES,
-    "load_best_model_at_end": EVALUATES,
-    "metric_for_best_model": EVALUATES,
-    "greater_is_better": EVALUATES,
+    "do_predict": "finetune.py does not predict: use evaluation.py on what it saved",
+    "eval_accumulation_steps": ITS_OWN,
+    "eval_do_concat_batches": ITS_OWN,
+    "eval_use_gather_object": ITS_OWN,
+    "batch_eval_metrics": ITS_OWN,
+    "include_for_metrics": ITS_OWN,
+    "prediction_loss_only": ITS_OWN,
+    "bf16_full_eval": "evaluation runs as training does",
+    "fp16_full_eval": "evaluation runs as training does",
     "label_names": "labels are made by finetune.py",
     "length_column_name": READS_ALL,
     "remove_unused_columns": IN_STEP,
@@ -45,10 +36,23 @@ REFUSED = {
 # Flags of which some values are refused.
 VALUES = {
     "train_sampling_strategy": ({"group_by_length", "batch_rebalance"}, READS_ALL),
-    "save_strategy": ({"best"}, EVALUATES),
-    "lr_scheduler_type": ({"reduce_lr_on_plateau", "greedy"}, EVALUATES),
 }
+# Flags that need --eval_data.
+EVALUATE = (
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "eval_on_start",
+    "per_device_eval_batch_size",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "early_stopping_patience",
+    "do_eval",
+)
+METRICS = ("loss", "exact_match")
 COUNTS = {
+    "per_device_eval_batch_size": "conversations",
     "per_device_train_batch_size": "conversations",
     "gradient_accumulation_steps": "batches",
     "gates_by_layer_every": "logs",
@@ -60,11 +64,9 @@ def refuse_flags(args):
 
     args: TrainingArguments after their own checks.
     """
-    for field in dataclasses.fields(args):
-        factory = field.default_factory
-        default = field.default if factory is dataclasses.MISSING else factory()
-        if field.name in REFUSED and (value := getattr(args, field.name)) != default:
-            raise ValueError(f"--{field.name} {_text(value)}: {REFUSED[field.name]}.")
+    for name, value in _given(args).items():
+        if name in REFUSED:
+            raise ValueError(f"--{name} {_text(value)}: {REFUSED[name]}.")
     for name, (values, reason) in VALUES.items():
         if (value := _text(getattr(args, name))) in values:
             raise ValueError(f"--{name} {value}: {reason}.")
@@ -85,6 +87,54 @@ def refuse_flags(args):
         value = getattr(args, field.name)
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"--{field.name} is {value}; it must be a number.")
+
+
+def _given(args):
+    """Flag to value of those that are not at their defaults."""
+    given = {}
+    for field in dataclasses.fields(args):
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if (value := getattr(args, field.name)) != default:
+            given[field.name] = value
+    return given
+
+
+def refuse_evaluation(data_args, args):
+    """Raises ValueError for flags of an evaluation that there will not be, or not so."""
+    given = _given(args)
+    if not data_args.eval_data:
+        if needing := [name for name in EVALUATE if name in given]:
+            raise ValueError(
+                f"--{needing[0]} {_text(given[needing[0]])}, but there is nothing to evaluate on: "
+                "add --eval_data SET."
+            )
+        if _text(args.save_strategy) == "best":
+            raise ValueError("--save_strategy best finds the best by --eval_data: add it.")
+        return
+    if data_args.eval_answers < 0:
+        raise ValueError(f"--eval_answers is {data_args.eval_answers}; it counts answers, from 0.")
+    if data_args.eval_answers and (args.fsdp or args.deepspeed):
+        raise ValueError(
+            f"--eval_answers {data_args.eval_answers} with --fsdp or --deepspeed: weights in "
+            "shards generate no answers. Give --eval_answers 0 for the loss alone, and score the "
+            "result with evaluation.py."
+        )
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    metrics = METRICS if data_args.eval_answers else METRICS[:1]
+    if metric not in metrics:
+        raise ValueError(
+            f"--metric_for_best_model is {args.metric_for_best_model}; there "
+            f"{'are' if len(metrics) > 1 else 'is'} {' and '.join(metrics)}."
+        )
+    if args.early_stopping_patience is None:
+        return
+    if args.early_stopping_patience < 1 or not args.load_best_model_at_end:
+        raise ValueError(
+            f"--early_stopping_patience {args.early_stopping_patience}: it counts evaluations, "
+            "from 1, and needs --load_best_model_at_end with --eval_strategy epoch or steps, and "
+            "--save_strategy likewise."
+        )
 
 
 def refuse_together(model_args, args):

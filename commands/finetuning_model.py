@@ -133,7 +133,7 @@ def _trained(model):
 
 
 def keep_vision_calls_equal(model, calls):
-    """Makes every training step run the vision tower `calls` times, once per kind of medium.
+    """Makes every step run the vision tower `calls` times, once per kind of medium.
 
     Processes that share sharded parameters must use them in step: one whose batch has no video
     while another's has would hang. What is missing is made up by the smallest picture, whose
@@ -147,7 +147,9 @@ def keep_vision_calls_equal(model, calls):
     def count(module, args, kwargs):
         nonlocal missing
         given = [kwargs.get(name) for name in ("pixel_values", "pixel_values_videos")]
-        missing = calls - sum(pixels is not None for pixels in given) if module.training else 0
+        # Batches ask for no cache, in evaluation too; `generate` does, and runs on each by itself.
+        is_batch = kwargs.get("use_cache") is False
+        missing = calls - sum(pixels is not None for pixels in given) if is_batch else 0
 
     def make_up(module, args, embeddings):
         for _ in range(missing):

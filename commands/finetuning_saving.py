@@ -69,7 +69,7 @@ class WholeCheckpoints(TrainerCallback):
         if not args.should_save:
             return
         (folder / COMPLETE).touch()
-        self._delete_old(args.output_dir, folder)
+        self._delete_old(args.output_dir, {folder, Path(state.best_model_checkpoint or folder)})
         if args.push_to_hub and state.is_world_process_zero and self.strategy != HubStrategy.END:
             self._start_push(args, folder)
 
@@ -77,11 +77,12 @@ class WholeCheckpoints(TrainerCallback):
         if self.push is not None:
             self._finish_push()
 
-    def _delete_old(self, output_dir, newest):
+    def _delete_old(self, output_dir, kept):
+        """Deletes the oldest beyond the limit, but none of `kept`: the newest and the best."""
         if not self.limit or self.limit < 0:
             return
-        others = [one for one in whole_checkpoints(output_dir) if one != newest]
-        for folder in others[: max(len(others) - (self.limit - 1), 0)]:
+        others = [one for one in whole_checkpoints(output_dir) if one not in kept]
+        for folder in others[: max(len(others) - max(self.limit - len(kept), 0), 0)]:
             if self.push is not None and not self.push.done() and folder == self.pushed:
                 continue
             delete_checkpoint(folder)

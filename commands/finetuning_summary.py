@@ -35,12 +35,39 @@ class Measured(Dataset):
         return self.data.measured(self.indices[index])
 
 
-def summarize(data, config, model_args, args, at_most: int | None = MEASURED):
+def summarize(data, eval_data, config, model_args, args, at_most: int | None = MEASURED):
     """Prints the lengths of the data and what training on it will take.
 
-    at_most: conversations that are measured, drawn by the seed; None for all. Raises ValueError
-    where none of them can be used.
+    at_most: conversations of each data that are measured, drawn by the seed; None for all. Raises
+    ValueError where none of them can be used.
     """
+    usable = measure(data, args, at_most)
+    if eval_data is not None:
+        measure(eval_data, args, at_most)
+    tokens = sorted(item["tokens"] for item in usable)
+    vision, labels = (sum(item[name] for item in usable) for name in ("vision_tokens", "labels"))
+    print(
+        f"Tokens a conversation: {tokens[0]:,} to {tokens[-1]:,}, median "
+        f"{statistics.median(tokens):,.0f}, 95 % up to {tokens[int(0.95 * (len(tokens) - 1))]:,}; "
+        f"{sum(tokens):,} in all, {vision / sum(tokens):.1%} of them vision, {labels:,} labels"
+    )
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = len(data) / batch
+    steps = max(math.floor(steps), 1) if args.dataloader_drop_last else math.ceil(steps)
+    epochs = args.num_train_epochs
+    if args.max_steps > 0:
+        epochs = args.max_steps / steps
+    print(
+        f"{math.ceil(steps * epochs):,} steps of {batch} conversations ({epochs:g} epochs), about "
+        f"{sum(tokens) / len(usable) * len(data) * epochs:,.0f} tokens"
+    )
+    longest = max(usable, key=lambda item: item["tokens"])
+    if not args.deepspeed or at_most is None:  # its models cannot be made by one process alone
+        forecast_memory(config, model_args, args, longest)
+
+
+def measure(data, args, at_most):
+    """Prints how many conversations can be used; returns the lengths of those."""
     indices = range(len(data))
     if at_most is not None and len(data) > at_most:
         indices = sorted(random.Random(args.seed).sample(indices, at_most))
@@ -68,26 +95,7 @@ def summarize(data, config, model_args, args, at_most: int | None = MEASURED):
             f"none of {len(items):,} conversations can be used. The first, {notes[0][1]}: "
             f"{notes[0][2]}"
         )
-    tokens = sorted(item["tokens"] for item in usable)
-    vision, labels = (sum(item[name] for item in usable) for name in ("vision_tokens", "labels"))
-    print(
-        f"Tokens a conversation: {tokens[0]:,} to {tokens[-1]:,}, median "
-        f"{statistics.median(tokens):,.0f}, 95 % up to {tokens[int(0.95 * (len(tokens) - 1))]:,}; "
-        f"{sum(tokens):,} in all, {vision / sum(tokens):.1%} of them vision, {labels:,} labels"
-    )
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = len(data) / batch
-    steps = max(math.floor(steps), 1) if args.dataloader_drop_last else math.ceil(steps)
-    epochs = args.num_train_epochs
-    if args.max_steps > 0:
-        epochs = args.max_steps / steps
-    print(
-        f"{math.ceil(steps * epochs):,} steps of {batch} conversations ({epochs:g} epochs), about "
-        f"{sum(tokens) / len(usable) * len(data) * epochs:,.0f} tokens"
-    )
-    longest = max(usable, key=lambda item: item["tokens"])
-    if not args.deepspeed or at_most is None:  # its models cannot be made by one process alone
-        forecast_memory(config, model_args, args, longest)
+    return usable
 
 
 def forecast_memory(config, model_args, args, longest):
@@ -119,12 +127,16 @@ def forecast_memory(config, model_args, args, longest):
     )
 
 
-def print_next_steps(args):
-    """Says where the result of a run is, and how it is asked and published."""
+def print_next_steps(args, scores: dict):
+    """Says where the result of a run is, how good it is, and how it is asked and published."""
     out = Path(args.output_dir)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    print(
-        f"The result is in {out}, {size / 2**20:,.1f} MiB of weights.\n"
-        f'  ask it:       python ask.py --model {out} VIDEO "QUESTION"\n'
-        f"  publish it:   python tools/publish.py --model {out} --repo-id YOU/{out.resolve().name}"
-    )
+    print(f"The result is in {out}, {size / 2**20:,.1f} MiB of weights.")
+    if scores:
+        exact = ""
+        if "eval_exact_match" in scores:
+            exact = f", exact match {scores['eval_exact_match']:.1%} of {scores['eval_answers']}"
+        print(f"  on --eval_data: loss {scores['eval_loss']:.4g}{exact}")
+    print(f'  ask it:         python ask.py --model {out} VIDEO "QUESTION"')
+    name = f"YOU/{out.resolve().name}"
+    print(f"  publish it:     python tools/publish.py --model {out} --repo-id {name}", flush=True)

@@ -11,9 +11,10 @@ from collections import Counter
 
 import torch
 import transformers
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 
 from commands.checkpoint_files import listed_files, upload
+from commands.finetuning_answers import count_exact, sample_questions
 from commands.finetuning_data import DataReport
 from commands.finetuning_model import PARTS, part_of
 from commands.finetuning_saving import WholeCheckpoints, complete_folder, prepare_folder
@@ -41,8 +42,9 @@ class GateMeter:
         self.sums, self.counts = [0.0] * len(self.attentions), [0] * len(self.attentions)
 
     def _attend_sparse(self, attend_sparse, index, query, key, value, gates, plan):
-        self.sums[index] = self.sums[index] + gates.detach().float().sum((0, 1))
-        self.counts[index] += gates.shape[0] * gates.shape[1]
+        if self.attentions[index].training:
+            self.sums[index] = self.sums[index] + gates.detach().float().sum((0, 1))
+            self.counts[index] += gates.shape[0] * gates.shape[1]
         return attend_sparse(query, key, value, gates, plan)
 
     def read(self, accelerator) -> torch.Tensor:
@@ -60,17 +62,20 @@ class VideoNSATrainer(Trainer):
     """The Trainer for batches of `Collator`, with finetune.py's arguments.
 
     papers: card and licence that go into every folder it saves, from `make_papers`.
+    eval_answers: how many answers an evaluation generates, besides the loss.
     """
 
-    def __init__(self, *args, papers, **kwargs):
+    def __init__(self, *args, papers, eval_answers=0, **kwargs):
         super().__init__(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.papers = papers
+        self.papers, self.eval_answers = papers, eval_answers
         self.gates = GateMeter(self.base.model.language_model)
         self.report = DataReport(self.args.output_dir)
         self.seen, self.logs, self.since = Counter(), 0, time.perf_counter()
         self.add_callback(WholeCheckpoints(self.args, getattr(self, "hub_model_id", None)))
+        if self.args.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
@@ -88,7 +93,8 @@ class VideoNSATrainer(Trainer):
         stats = inputs.pop("stats")
         for note in self.report.add(stats.pop("notes")):
             logger.warning(note)
-        self.seen.update(stats)
+        if model.training:
+            self.seen.update(stats)
         if self.label_smoother is not None:  # it compares these with the logits that there are
             inputs["labels"] = inputs["shift_labels"]
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -98,6 +104,27 @@ class VideoNSATrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """The loss over --eval_data, as the Trainer has it, and exact match of a sample of it."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.eval_answers:
+            questions = sample_questions(self.eval_dataset, self.args.seed, self.eval_answers)
+            counts = count_exact(self.base, self.processing_class, questions, self.args)
+            counts = torch.tensor(counts, device=self.args.device, dtype=torch.float)
+            exact, asked = self.accelerator.reduce(counts).tolist()
+            output.metrics[f"{metric_key_prefix}_exact_match"] = exact / max(asked, 1)
+            output.metrics[f"{metric_key_prefix}_answers"] = int(asked)
+        return output
+
+    def last_evaluation(self) -> dict:
+        """The metrics of --eval_data at the end of the run; {} without it."""
+        if self.eval_dataset is None:
+            return {}
+        last = next((one for one in reversed(self.state.log_history) if "eval_loss" in one), {})
+        if last.get("step") == self.state.global_step and not self.args.load_best_model_at_end:
+            return last
+        return self.evaluate()
 
     def log(self, logs, start_time=None):
         if "loss" in logs:

@@ -113,6 +113,52 @@ def test_only_what_is_named_trains(folder, tmp_path, checkpointing):
     assert changed == {"merger", "gates"}
 
 
+def evaluations(trainer):
+    return [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
+def evaluations_on_disk(out):
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "eval_loss" in entry]
+
+
+def test_held_out_data_is_scored_and_the_best_checkpoint_is_the_result(folder, tmp_path, capsys):
+    """At a rate that ruins what the checkpoint knows: the first evaluation is the best."""
+    data = folder / "clips.jsonl"
+    trainer = run(
+        folder / "new_kind.jsonl", tmp_path, eval_data=data, learning_rate=0.05, max_steps=8,
+        lr_scheduler_type="constant", eval_strategy="steps", save_strategy="steps", eval_steps=1,
+        save_steps=1, save_total_limit=1, load_best_model_at_end=True, eval_on_start=True,
+        metric_for_best_model="exact_match", early_stopping_patience=2,
+        per_device_eval_batch_size=4, eval_answers=6,
+    )  # fmt: skip
+    start, *others, last = evaluations(trainer)
+    assert start["eval_exact_match"] == 1 and start["eval_answers"] == 6
+    assert all(one["eval_exact_match"] < 1 for one in others)
+    assert others[-1]["step"] < 8, "it did not stop early"
+    best = max(others, key=lambda one: one["eval_exact_match"])
+    assert last["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-5)
+    kept = whole_checkpoints(tmp_path)
+    assert {f"checkpoint-{best['step']}"} <= {one.name for one in kept} and len(kept) <= 2
+    assert f"loss {best['eval_loss']:.4g}, exact match" in capsys.readouterr().out
+
+
+def test_evaluation_leaves_no_trace_in_what_training_logs(folder, tmp_path):
+    data, steps = folder / "clips.jsonl", {"max_steps": 2, "lora_r": 2, "bf16": True}
+    plain = run(data, tmp_path / "plain", **steps)
+    scored = run(
+        data, tmp_path / "scored", **steps, eval_data=data, eval_strategy="steps", eval_steps=1,
+        eval_answers=2,
+    )  # fmt: skip
+    assert len(evaluations(scored)) == 2 and evaluations(scored)[0]["eval_exact_match"] == 1
+    assert losses(scored) == losses(plain)
+    logs = [[e for e in one.state.log_history if "loss" in e] for one in (plain, scored)]
+    for before, after in zip(*logs, strict=True):
+        assert before.keys() == after.keys()
+        for name in ("gate_window", "keys_attended", "grad_norm"):
+            assert before[name] == after[name], name
+
+
 def test_parts_have_their_own_learning_rates(folder, tmp_path):
     trainer = run(
         folder / "clips.jsonl", tmp_path, max_steps=1, train="vision,merger,llm,gates",
@@ -269,10 +315,14 @@ def two_processes(folder, tmp_path_factory):
     """The output folder of each case, and a folder resumed from the last one's middle."""
     root, mixed = tmp_path_factory.mktemp("two"), mixed_rows(folder)
     save = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 1}
+    score = {"eval_data": mixed, "per_device_eval_batch_size": 1}
     argvs = [
-        flags(mixed, root / name, **save, **settings, **parallel)
+        flags(
+            mixed, root / name, **save, **settings, **parallel, **score,
+            eval_answers=0 if "fsdp" in parallel else 5,
+        )
         for name, (settings, parallel) in CASES.items()
-    ]
+    ]  # fmt: skip
     resume = {"resume_from_checkpoint": root / "sharded adapters" / "checkpoint-2"}
     argvs.append(flags(mixed, root / "resumed", **save, **ADAPTERS, **sharded(), **resume))
     done = start(ROOT / "tests" / "finetune_on_cpus.py", [json.dumps(argvs)], processes=2)
@@ -284,8 +334,14 @@ def two_processes(folder, tmp_path_factory):
 def test_two_processes_train_as_one_that_accumulates(folder, tmp_path, two_processes, name):
     one = run(
         mixed_rows(folder), tmp_path, gradient_accumulation_steps=2,
-        per_device_train_batch_size=1, **CASES[name][0],
+        per_device_train_batch_size=1, per_device_eval_batch_size=1,
+        eval_data=folder / "mixed.jsonl", eval_answers=5, **CASES[name][0],
     )  # fmt: skip
+    (scored,), (theirs,) = evaluations(one), evaluations_on_disk(two_processes / name)
+    assert theirs["eval_loss"] == pytest.approx(scored["eval_loss"], rel=1e-3)
+    if name == "replicated":
+        assert theirs["eval_answers"] == 5
+        assert theirs["eval_exact_match"] == pytest.approx(scored["eval_exact_match"])
     assert losses_on_disk(two_processes / name) == pytest.approx(losses(one), rel=1e-4)
     before = load_file(ROOT / "model.safetensors")
     mine, theirs = (load_file(f / "model.safetensors") for f in (tmp_path, two_processes / name))
@@ -334,7 +390,7 @@ def test_a_refused_row_is_answered_with_a_row_of_each_layout(folder, tmp_path, c
 def test_a_run_measures_a_part_of_much_data(folder, tmp_path, capsys, processor, model):
     data = Conversations([f"{folder / 'clips.jsonl'}%1000"], processor)
     args = finetune.parse(flags(folder / "clips.jsonl", tmp_path))
-    summarize(data, model.config, args[0], args[2], at_most=5)
+    summarize(data, None, model.config, args[0], args[2], at_most=5)
     printed = capsys.readouterr().out
     assert f"{len(data)} conversations" in printed and ", of which 5 were measured" in printed
     tokens = re.search(r"about ([\d,]+) tokens", printed)[1]
@@ -437,9 +493,16 @@ def test_settings_come_from_a_file_and_flags_override_it(folder, tmp_path):
         ({"output_dir": ROOT}, "the folder of the model itself"),
         ({"model_revision": "v2"}, "--model_revision v2"),
         ({"gates_by_layer_every": 0}, "--gates_by_layer_every is 0"),
-        ({"eval_strategy": "steps"}, "--eval_strategy .*: finetune.py does not evaluate"),
-        ({"do_eval": True}, "--do_eval True: finetune.py does not evaluate"),
-        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "does not evaluate"),
+        ({"eval_strategy": "steps"}, "--eval_strategy steps, but .* add --eval_data SET"),
+        ({"do_eval": True}, "--do_eval True, but there is nothing to evaluate on"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "add --eval_data SET"),
+        ({"eval_data": "x.json", "do_predict": True}, "--do_predict True: finetune.py does not"),
+        ({"eval_data": "x.json", "eval_answers": -1}, "--eval_answers is -1"),
+        ({"eval_data": "x.json", "fsdp": True}, "--eval_answers 20 with --fsdp"),
+        ({"eval_data": "x.json", "metric_for_best_model": "f1"}, "there are loss and exact_match"),
+        ({"eval_data": "x.json", "metric_for_best_model": "exact_match", "eval_answers": 0},
+         "there is loss"),
+        ({"eval_data": "x.json", "early_stopping_patience": 1}, "needs --load_best_model_at_end"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; it counts conv"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; it counts batch"),
         ({"learning_rate": "nan"}, "learning_rate is nan; it must be a number"),
@@ -466,6 +529,8 @@ def test_an_adapter_is_no_model_to_train_from(folder, tmp_path):
 
 # Flags of the Trainer that do what its documentation says, as far as they were looked through.
 TAKEN = """
+    do_eval eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
+    load_best_model_at_end metric_for_best_model greater_is_better
     accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1
     adam_beta2 adam_epsilon auto_find_batch_size average_tokens_across_devices bf16 data_seed
     dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
