@@ -4,6 +4,7 @@
     python ask.py clip.mp4 other.webm picture.png "What do these have in common?" --fps 1
     python ask.py clip.mp4 --interactive
     python ask.py videos/ "What happens?" --out answers.jsonl
+    torchrun --nproc_per_node 2 ask.py clip.mp4 "What happens?"
 
 Prints what is taken of each video, how many tokens that is and what memory it will need before the
 model runs, then streams the answer. Videos are decoded while the model reads them. With
@@ -17,6 +18,8 @@ one, and lines that begin with a slash are commands:
 With --out, the question (or each line of --questions) is asked about every file by itself, and each
 answer is a row of a .jsonl or .csv file. Files may then also be folders, quoted globs and lists
 (.txt). The same command goes on after an interruption.
+
+With torchrun, as many processes as GPUs read the prompt together.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from pathlib import Path
 from transformers import AutoProcessor
 from transformers.utils import logging
 
+from commands import processes
 from commands.answers_file import Answers
 from commands.asking_many import AskingMany, find_files, read_questions_file
 from commands.conversation import Conversation, is_media
@@ -106,6 +110,12 @@ def refuse_shared_subtitles(subtitles, files):
 
 
 def refuse_contradictions(options):
+    for name in ("interactive", "out"):
+        if processes.count() > 1 and getattr(options, name) not in (None, False):
+            fail(
+                f"--{name} is for one process, and torchrun started {processes.count()}: they read "
+                "one prompt together. Start ask.py without it"
+            )
     if options.plan and options.interactive:
         fail("--plan answers nothing, so there is nothing to go on from: leave --interactive out")
     if options.out is None:
@@ -139,7 +149,8 @@ def is_command(line):
 
 def say(message):
     """One line on stderr."""
-    print("ask.py:", " ".join(str(message).split()), file=sys.stderr)
+    name = f"ask.py, process {processes.rank()}:" if processes.rank() else "ask.py:"
+    print(name, " ".join(str(message).split()), file=sys.stderr)
 
 
 def fail(message):
@@ -196,7 +207,7 @@ def make_conversation(options):
     quiet = options.json or options.out is not None
     conversation = Conversation(
         processor,
-        model.load,
+        functools.partial(processes.load_shared, model),
         model.forecast_memory,
         max_position_embeddings=model.config.text_config.max_position_embeddings,
         settings=video_settings(options),
@@ -274,11 +285,13 @@ def main():
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
+        options.device = processes.join(options.device)
         if options.out is not None:
             ask_many(options)
             return
         spoken = read_subtitles(options.subtitles) if options.subtitles is not None else ()
-        (conversation, where), files = make_conversation(options), options.files
+        with processes.first_alone():
+            (conversation, where), files = make_conversation(options), options.files
         if not options.json:
             print(where)
         question = options.question
@@ -292,6 +305,7 @@ def main():
                 say(error)
                 if len(added) > 1:
                     say(f"dropped with the question: {', '.join(added)}; add what is right again")
+        processes.leave()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -8,6 +8,8 @@ import torch
 from videonsa import sharding_videonsa as sharding
 from videonsa.packing_videonsa import make_plan
 
+import ask
+from commands import processes
 from finetuning import start
 from paths import ROOT
 
@@ -86,3 +88,62 @@ def test_the_released_semantics_are_refused(monkeypatch):
     config = SimpleNamespace(nsa_semantics="released")
     with pytest.raises(ValueError, match="tokens see later ones"):
         sharding.checked_group(config, None)
+
+
+ONE_DIES_AT_THE_END = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import ask
+
+def leave():
+    if ask.processes.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ask.processes.dist.barrier()
+
+ask.processes.leave = leave
+ask.main()
+"""
+
+
+def test_ask_is_answered_once_and_a_process_that_dies_ends_the_others(
+    tmp_path, capsys, monkeypatch
+):
+    script = tmp_path / "dying.py"
+    script.write_text(ONE_DIES_AT_THE_END)
+    argv = [ROOT / "examples" / "clips" / "shapes.mp4", "How many shapes are there?", "--json"]
+    done = start(script, [ROOT, *argv], processes=2)
+    [answer] = done.stdout.splitlines()
+    assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
+
+    monkeypatch.setattr("sys.argv", ["ask.py", *map(str, argv)])
+    ask.main()
+    alone, answer = json.loads(capsys.readouterr().out), json.loads(answer)
+    for record in (alone, answer):
+        del record["answering_seconds"]
+    assert answer == alone
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--device", "cuda:1"], "each takes a GPU of its own"),
+        (["--device", "auto"], "each takes a GPU of its own"),
+        (["--interactive"], "--interactive is for one process"),
+        (["--out", "answers.jsonl"], "--out is for one process"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_said(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    clip = str(ROOT / "examples" / "clips" / "shapes.mp4")
+    monkeypatch.setattr("sys.argv", ["ask.py", clip, "How many?", *arguments])
+    with pytest.raises(SystemExit):
+        ask.main()
+    assert message in capsys.readouterr().err
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="--nproc_per_node 1"):
+        processes.join("cuda")
