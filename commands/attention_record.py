@@ -24,6 +24,9 @@ Shapes of `AttentionRecord`, numpy arrays under the same names in attention.npz:
     text_positions   int64   [R]               tokens of the prompt and answer that attend densely
     text_attention   float32 [Y, R, steps + 1] the mean over heads of their attention to each step,
                                                and last to all text; each row adds up to 1
+    sink_ratios      float64 [Y, 5, H]         the part of a head's keys that are sinks, by branch
+    sink_counts      float64 [Y, 5, steps]     sinks of all heads by step; both as in SINK_BRANCHES
+                                               of attention_sinks.py, None where not asked for
     num_question_rows int    the rows of the prompt; the last of them and all later ones each
                              predict a token of the answer
     layout           VisionLayout              its fields are layout_... in attention.npz
@@ -40,6 +43,7 @@ import numpy as np
 import torch
 
 from commands.attention_layout import VisionLayout
+from commands.attention_sinks import SINK_BRANCHES, SinkSums
 from nsa_rules import BRANCHES, count_visits
 
 BINS = 64
@@ -63,6 +67,8 @@ class AttentionRecord:
     text_positions: np.ndarray
     text_attention: np.ndarray
     num_question_rows: int
+    sink_ratios: np.ndarray | None = None
+    sink_counts: np.ndarray | None = None
 
     @property
     def is_sparse(self) -> bool:
@@ -111,6 +117,16 @@ class AttentionRecord:
         read = {"compressed": compressed / n, "selected": selected / n, "window": window / n}
         return read | {"dense": (n + 1) / 2}
 
+    def gate_statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """float64 [Y, 3] each: mean and standard deviation over all heads and vision tokens."""
+        tokens = np.bincount(
+            self.bin_of_step[self.layout.packed_steps], minlength=len(self.chosen_tokens)
+        )
+        by_head = np.nansum(self.gate_means * tokens, -1) / tokens.sum()  # [Y, 3, H]
+        mean = by_head.mean(-1)
+        square = (self.gate_deviations**2 + by_head**2).mean(-1)
+        return mean, np.sqrt(np.maximum(square - mean**2, 0))
+
     def overlaps(self) -> np.ndarray:
         """float64 [Y, K, K]: the part of one head's choices that another head made too.
 
@@ -146,10 +162,13 @@ class AttentionRecord:
                 "selection_rate_by_step": self.selection_rates().mean((0, 1)).tolist(),
                 "gate_means_by_layer": [
                     dict(zip(BRANCHES, branches, strict=True))
-                    for branches in np.nanmean(self.gate_means, (2, 3)).tolist()
+                    for branches in self.gate_statistics()[0].tolist()
                 ],
                 "keys_read": self.keys_read(),
             }
+        if self.sink_ratios is not None:
+            ratios = self.sink_ratios.mean((0, 2)).tolist()
+            found["sink_ratios"] = dict(zip(SINK_BRANCHES, ratios, strict=True))
         return _without_nan(found)
 
     def save(self, folder) -> None:
@@ -206,9 +225,10 @@ class AttentionWatch:
 
     model: a VideoNSAForConditionalGeneration, or adapters around one.
     layout: of the whole conversation, its cached part too.
+    sinks: whether to look for attention sinks, which compares every pair of vision tokens.
     """
 
-    def __init__(self, model, layout: VisionLayout):
+    def __init__(self, model, layout: VisionLayout, sinks: bool = False):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config, self.layout = base.config.text_config, layout
         if self.config.nsa_semantics != "paper":
@@ -232,6 +252,7 @@ class AttentionWatch:
         self.sums = [None] * len(self.layers)
         self.rows = [{} for _ in self.layers]  # of each layer, position to the row's attention
         self.constants = {}
+        self.sinks = [None] * len(self.layers) if sinks else None
 
     def __enter__(self):
         self.hooks = []
@@ -281,7 +302,26 @@ class AttentionWatch:
             text_positions=np.array(positions, dtype=np.int64),
             text_attention=attention,
             num_question_rows=sum(p < self.layout.length for p in positions),
+            **self._count_sinks(),
         )
+
+    def _count_sinks(self):
+        if self.sinks is None or None in self.sinks:
+            return {}
+        layout = self.layout
+        of_token, of_block = layout.packed_steps, layout.block_steps(self.config.nsa_block_size)
+        ratios, counts = [], []
+        for layer in self.sinks:
+            found = [sinks.double().numpy() for sinks in layer.find()]
+            ratios.append([sinks.sum(1) / max(sinks.shape[1], 1) for sinks in found])
+            means, *others = (sinks.sum(0) for sinks in found)
+            counts.append(
+                [
+                    means @ of_block[: len(means)],
+                    *(np.bincount(of_token, sinks, layout.num_steps) for sinks in others),
+                ]
+            )
+        return {"sink_ratios": np.array(ratios), "sink_counts": np.array(counts)}
 
     def _choose_tokens(self):
         """The middle one of each bin's packed tokens, -1 where it has none."""
@@ -307,11 +347,24 @@ class AttentionWatch:
             self.sums[index] = _Sums(self, query.device)
         sums, layer = self.sums[index], self.layers[index]
         sums.add_gates(first, gates.detach())
-        layer.watch_blocks = functools.partial(sums.add_blocks, first)
+        blocks = []
+
+        def watch_blocks(chosen):
+            sums.add_blocks(first, chosen)
+            blocks.append(chosen)
+
+        layer.watch_blocks = watch_blocks
         try:
-            return attend_sparse(query, key, value, gates, plan)
+            output = attend_sparse(query, key, value, gates, plan)
         finally:
             layer.watch_blocks = None
+        if self.sinks is not None:
+            if self.sinks[index] is None:
+                tokens, scale = len(self.layout.packed), layer.scaling
+                self.sinks[index] = SinkSums(tokens, self.config, scale, query.device)
+            rows = (x[plan.vision_keys] for x in (key, value))
+            self.sinks[index].add(first, query[plan.vision_queries], *rows, gates, blocks[0])
+        return output
 
     def _dense(self, index, attend_dense, query, key, value, plan):
         start, end = plan.num_keys - plan.num_queries, plan.num_keys

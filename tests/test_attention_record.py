@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 from videonsa import attention_videonsa
 
+from commands import attention_sinks
 from commands.attention_layout import locate_vision
 from commands.attention_record import CHUNK_ELEMENTS, AttentionRecord, AttentionWatch
 from tiny import VIDEO, make_model
@@ -52,7 +53,7 @@ def captured(model, inputs, monkeypatch):
 
     def attend_sparse(self, query, key, value, gates, plan):
         q, k = query[plan.vision_queries], key[plan.vision_keys]
-        seen.append({"q": q, "k": k, "gates": gates})
+        seen.append({"q": q, "k": k, "v": value[plan.vision_keys], "gates": gates})
         return sparse(self, query, key, value, gates, plan)
 
     def attend_dense(self, query, key, value, plan):
@@ -161,6 +162,68 @@ def test_text_reads_what_a_softmax_over_all_keys_says(model, inputs, monkeypatch
             steps = np.append(layout.step_of_token, [-1] * 4)[: position + 1]
             wanted = np.bincount(np.where(steps < 0, 6, steps), weights, minlength=7)
             np.testing.assert_allclose(record.text_attention[layer, row], wanted, atol=2e-6)
+
+
+def attention_of(seen, head):
+    """[5, queries, keys] of one query head, brute force: each branch, combined, and dense.
+
+    The compressed branch's keys are the block means; combined spreads them over their tokens.
+    """
+    q, k = seen["q"][:, head], seen["k"][:, head // 7]
+    n = len(q)
+    means = k[: n // B * B].unflatten(0, (-1, B)).mean(1)
+    found = [torch.zeros(n, len(means)), *(torch.zeros(n, n) for _ in range(4))]
+    for position in range(n):
+        blocks = select(seen["q"][position], seen["k"], position)[head // 7]
+        own = [j for j in range(position + 1) if j // B in blocks]
+        near = [*range(max(0, position - 4), position + 1)]
+        for place, keys, read in (
+            (0, means, [*range((position + 1) // B)]),
+            (1, k, own),
+            (2, k, near),
+            (4, k, [*range(position + 1)]),
+        ):
+            if read:
+                weights = (keys[read] @ q[position] * 8**-0.5).softmax(0)
+                found[place][position, read] = weights.float()
+        gates = seen["gates"][position, head].float()
+        found[3][position, : n // B * B] = gates[0] * found[0][position].repeat_interleave(B) / B
+        found[3][position] += gates[1] * found[1][position] + gates[2] * found[2][position]
+    return found
+
+
+def test_sinks_are_those_of_a_brute_force(model, inputs, monkeypatch):
+    """With a wider net than the paper's, because a random model has none of its sinks."""
+    monkeypatch.setattr(attention_sinks, "IQRS", -0.5)
+    layout = locate_vision(model.config, inputs)
+    with AttentionWatch(model, layout, sinks=True) as watch:
+        model.generate(**inputs, **GREEDY)
+    record, found = watch.record(), 0
+    for layer, seen in enumerate(captured(model, inputs, monkeypatch)):
+        ratios, counts = np.zeros((5, 14)), np.zeros((5, 6))
+        for head in range(14):
+            v = seen["v"][:, head // 7]
+            for place, weights in enumerate(attention_of(seen, head)):
+                values = v[:28].unflatten(0, (-1, B)).mean(1) if place == 0 else v
+                norms = values.norm(dim=1).numpy()
+                low, median, high = np.quantile(norms, [0.25, 0.5, 0.75])
+                # Those that attend: all later ones, also to a weight that is all but zero.
+                readers = (weights > 0).sum(0) if place not in (3, 4) else 30 - torch.arange(30)
+                mean = (weights.sum(0) / readers.clamp(min=1)).numpy()
+                sinks = (mean > 0.1) & (norms < median + 0.5 * (high - low))
+                ratios[place, head] = sinks.mean()
+                for key in np.flatnonzero(sinks):
+                    places = range(key * B, key * B + B) if place == 0 else [key]
+                    for token in places:
+                        counts[place, STEPS[token]] += 1 / len(places)
+        np.testing.assert_allclose(record.sink_ratios[layer], ratios, atol=1e-9)
+        np.testing.assert_allclose(record.sink_counts[layer], counts, atol=1e-9)
+        found += (ratios.sum(1) > 0).sum()
+    assert found >= 8  # of two layers and five branches
+    chunked = AttentionWatch(model, layout, sinks=True)
+    with chunked:
+        model.generate(**inputs, **GREEDY, prefill_chunk_size=7)
+    np.testing.assert_allclose(chunked.record().sink_counts, record.sink_counts)
 
 
 @pytest.mark.parametrize("chunk", [3, 7, 16, 44])
