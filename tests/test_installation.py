@@ -75,6 +75,7 @@ def test_pinned_versions_are_supported(name):
         ("requirements.txt", "constraints.txt"),
         ("requirements-dev.txt", "constraints.txt"),
         ("requirements-eval.txt", "constraints-eval.txt"),
+        ("requirements-demo.txt", "constraints-demo.txt"),
     ],
 )
 def test_every_requirement_has_a_tested_version(wanted, name):

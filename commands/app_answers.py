@@ -1,0 +1,209 @@
+"""What app.py runs for a question: limits, the answer while it is made, and what was looked at.
+
+A question is answered by one pass over its whole conversation, so that nothing of a visitor stays
+on the GPU between two questions and the record covers all that was seen. What the GPU's part takes
+and gives can be pickled: ZeroGPU runs it in a process of its own.
+"""
+
+import html
+import os
+import queue
+import threading
+from dataclasses import dataclass
+
+import gradio as gr
+import psutil
+from PIL import Image
+
+from commands.attention_frames import SeenPixels
+from commands.attention_layout import locate_vision
+from commands.attention_record import AttentionRecord, AttentionWatch
+from commands.conversation import Conversation, media_part
+from commands.forecast import forecast
+from commands.model_loading import PreparedModel
+
+TEXT_TOKENS = 1024  # of a prompt, that are not left to the video
+NEW_TOKENS = 256  # of an answer, at most
+GPU_SECONDS = 120  # that ZeroGPU lends a GPU for one question
+
+
+class Stopped(Exception):
+    """The visitor does not want the answer any more."""
+
+
+@dataclass
+class Answer:
+    """An answer and how it came about.
+
+    text: the answer.  words: the text of each of its tokens, without the end's.
+    taken: lines about the video, the tokens and the memory.
+    record: what was attended to; None where `unrecorded` says why there is none.
+    pictures: a small one of each temporal step of all videos.
+    """
+
+    text: str
+    words: list[str]
+    taken: list[str]
+    record: AttentionRecord | None
+    pictures: list[Image.Image]
+    unrecorded: str = ""
+
+
+class WatchedConversation(Conversation):
+    """A conversation whose answers come with what was attended to and small pictures of it."""
+
+    record, pictures, unrecorded = None, (), ""
+
+    def generate(self, inputs):
+        seen = SeenPixels(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"], self.processor.video_processor
+        )
+        inputs["pixel_values_videos"] = seen
+        try:
+            watch = AttentionWatch(self.model, locate_vision(self.model.config, inputs))
+        except ValueError as error:  # other semantics: answered all the same
+            self.unrecorded = str(error)
+            output = super().generate(inputs)
+        else:
+            with watch:
+                output = super().generate(inputs)
+            self.record = None if output is None else watch.record()
+        self.pictures = seen.pictures
+        return output
+
+
+class Answerer:
+    """Answers questions about one video with one model, one at a time.
+
+    prepared: the model, which is loaded now.  processor: the checkpoint's.
+    max_tokens: vision tokens that are taken of a video at most; never more than fit.
+    on_gpu: what decorates a function that needs the GPU, as `spaces.GPU` does.
+
+    Raises ValueError where not even a short video fits.
+    """
+
+    def __init__(self, prepared: PreparedModel, processor, max_tokens=None, on_gpu=None):
+        self.processor, self.forecast_memory = processor, prepared.forecast_memory
+        self.max_position_embeddings = prepared.config.text_config.max_position_embeddings
+        fitting = most_tokens(prepared)
+        self.max_tokens = fitting if max_tokens is None else min(fitting, max_tokens)
+        self.model = prepared.load()
+        self._run = self._answer if on_gpu is None else on_gpu(duration=GPU_SECONDS)(self._answer)
+
+    def plan(self, video: str, max_tokens: int) -> str:
+        """What would be taken of a video. Raises ValueError where it cannot be read."""
+        conversation = self._conversation(max_tokens)
+        messages = [{"role": "user", "content": [media_part(video)]}]
+        _, (medium,) = conversation.plan([video], messages)
+        return f"{os.path.basename(video)}: {medium['taken']}"
+
+    def answer(self, turns: list, video: str | None, question: str, max_tokens: int):
+        """Yields ("taken", line), ("text", piece) and at last ("answer", Answer).
+
+        turns: (files, question, answer) of each earlier question.
+        video: a new one; None where the question is about those of the turns.
+
+        Raises gr.Error, with what is wrong in its text.
+        """
+        yield from self._run(turns, video, question, min(max_tokens, self.max_tokens))
+
+    def _answer(self, turns, video, question, max_tokens):
+        """The part that needs the GPU: a thread answers, and this hands on what it tells."""
+        told, stopped = queue.SimpleQueue(), threading.Event()
+
+        def tell(kind, value):
+            if stopped.is_set():
+                raise Stopped
+            told.put((kind, value))
+
+        def work():
+            try:
+                tell("answer", self._ask(turns, video, question, max_tokens, tell))
+            except BaseException as error:  # raised again below
+                told.put(("error", error))
+
+        thread = threading.Thread(target=work, name="answer", daemon=True)
+        thread.start()
+        try:
+            kind = None
+            while kind != "answer":
+                kind, value = told.get()
+                if kind == "error":
+                    raise as_message(value, [video, *files_of(turns)])
+                yield kind, value
+        finally:
+            stopped.set()
+            thread.join()
+
+    def _ask(self, turns, video, question, max_tokens, tell):
+        conversation = self._conversation(max_tokens)
+        conversation.write = lambda text: tell("text", text)
+        conversation.say = lambda line: tell("taken", line)
+        conversation.earlier = turns
+        files, lines = [] if video is None else [video], []
+
+        def report(line):
+            for file in [*files_of(turns), *files]:
+                line = line.replace(file, os.path.basename(file))
+            lines.append(line)
+            tell("taken", line)
+
+        record = conversation.ask(files, question, report)
+        tokenizer = self.processor.tokenizer
+        tokens = conversation.sequence[0, record["prompt_tokens"] :].tolist()
+        while tokens and tokens[-1] in tokenizer.all_special_ids:
+            tokens.pop()
+        return Answer(
+            text=record["answer"],
+            words=[tokenizer.decode([token]) for token in tokens],
+            taken=lines,
+            record=conversation.record,
+            pictures=conversation.pictures,
+            unrecorded=conversation.unrecorded,
+        )
+
+    def _conversation(self, max_tokens):
+        conversation = WatchedConversation(
+            self.processor,
+            None,
+            self.forecast_memory,
+            max_position_embeddings=self.max_position_embeddings,
+            max_tokens=max_tokens,
+            max_new_tokens=NEW_TOKENS,
+        )
+        conversation.model = self.model
+        return conversation
+
+
+def files_of(turns):
+    return [file for files, *_ in turns for file in files]
+
+
+def most_tokens(prepared: PreparedModel) -> int:
+    """Vision tokens that a prompt may have: what the model was made for, and what memory holds."""
+    most = prepared.config.text_config.max_position_embeddings - TEXT_TOKENS - NEW_TOKENS
+    expected = prepared.forecast_memory(most + TEXT_TOKENS, most, NEW_TOKENS)
+    if prepared.device == "cpu":
+        expected = forecast(
+            prepared.config,
+            most + TEXT_TOKENS,
+            vision_tokens=most,
+            new_tokens=NEW_TOKENS,
+            dtype=prepared.dtype,
+            available=psutil.virtual_memory().available,
+        )
+    fitting = expected.fitting_vision_tokens
+    if fitting == 0:
+        raise ValueError(f"no video fits: {expected.describe()}; {expected.remedies()}")
+    return most if fitting is None else min(most, fitting)
+
+
+def as_message(error, files=()):
+    """An error as the page shows it: in its own words, without the folders of the server."""
+    if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):
+        return error
+    text = str(error)
+    for file in filter(None, files):
+        text = text.replace(file, os.path.basename(file))
+    text = html.escape(text)  # the page would render what a file's name may hold
+    return gr.Error(text, duration=None, title="This did not work", print_exception=False)

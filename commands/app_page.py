@@ -1,0 +1,315 @@
+"""The page of app.py: player, question and answer, and the film strip of what was looked at.
+
+`Page` lays the components out, and its methods are the handlers: they take the values of some
+components and return what changes. What a visitor brings or gets stays in the session's state and
+in Gradio's temporary folder.
+"""
+
+import filecmp
+import html
+import os
+from dataclasses import dataclass, field
+
+import gradio as gr
+
+from commands.app_answers import Answer, Answerer, as_message
+from commands.app_strip import Moments, film_strip, summary
+
+MOST_LETTERS = 500  # of a question
+UPLOAD_MB = 256  # of a video that is uploaded, at most
+WAITING = 16  # questions that wait, at most
+KEPT_SECONDS = 3600  # that an upload, and what was looked at, is kept
+
+HEADER = """# Ask about a video, and see where the model looks
+
+VideoNSA reads every frame that is taken, but lets each look back at a few blocks of the video only.
+Under an answer you see **which moments it was read from**, and **what each moment looked back at**.
+"""
+TOY = """
+This is the toy checkpoint: it knows coloured shapes, and nothing else.
+"""
+HINT = "<p class='hint'>Ask a question, and see here which moments the answer was read from.</p>"
+LEGEND = (
+    "<p class='hint'><i class='key read'></i>where the answer was read "
+    "<i class='key asking'></i>the chosen moment: of what came before, it looks back at all that "
+    "is not faded. &emsp; Click a moment, or play the video.</p>"
+)
+
+
+@dataclass
+class Session:
+    """One visitor's conversation.
+
+    turns: (files, question, answer) of each question.  video: the one that was asked about last.
+    answer: what the film strip shows.
+    """
+
+    turns: list = field(default_factory=list)
+    video: str | None = None
+    answer: Answer | None = None
+
+
+class Page:
+    """The components of the page, and its handlers.
+
+    examples: (Example, Answer) each; the first one is shown at once.
+    is_toy: whether the model is the repository's checkpoint, which answers first questions only.
+    blocks: the whole, with its queue, to be launched.
+    """
+
+    def __init__(self, answerer: Answerer, examples: list, is_toy: bool):
+        self.answerer, self.examples, self.is_toy = answerer, examples, is_toy
+        self.blocks = gr.Blocks(
+            title="VideoNSA", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)
+        )
+        with self.blocks:
+            self.session = gr.State(Session(), time_to_live=KEPT_SECONDS)
+            gr.Markdown(HEADER + (TOY if is_toy else ""))
+            with gr.Row():
+                with gr.Column(scale=4):
+                    self.lay_out_player()
+                with gr.Column(scale=5):
+                    self.lay_out_conversation()
+            self.lay_out_examples()
+            self.lay_out_views()
+            self.connect()
+        self.blocks.queue(max_size=WAITING, default_concurrency_limit=1)
+
+    def lay_out_player(self):
+        self.video = gr.Video(
+            label=f"Video, up to {UPLOAD_MB} MB", sources=["upload"], height=260, elem_id="player"
+        )
+        self.taken = gr.Textbox(
+            label="What is taken of the video, and what it costs",
+            lines=3,
+            interactive=False,
+            elem_id="taken",
+        )
+
+    def lay_out_conversation(self):
+        most = self.answerer.max_tokens
+        self.chat = gr.Chatbot(
+            show_label=False, height=190, render_markdown=False, buttons=[], elem_id="chat"
+        )
+        with gr.Row():
+            self.question = gr.Textbox(
+                placeholder="Ask about the video",
+                max_length=MOST_LETTERS,
+                container=False,
+                scale=6,
+                elem_id="question",
+            )
+            self.ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
+            self.stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
+        with gr.Row():
+            self.remember = gr.Checkbox(
+                not self.is_toy,
+                label="Questions go on from earlier ones",
+                info="The toy checkpoint did not learn that." if self.is_toy else None,
+                container=False,
+                scale=3,
+                elem_id="remember",
+            )
+            self.new = gr.Button("New conversation", size="sm", scale=1, elem_id="new")
+        with gr.Accordion("How much of a video is read", open=False):
+            self.budget = gr.Slider(
+                min(64, most),
+                most,
+                most,
+                step=1,
+                label="Tokens of the video, at most",
+                info=f"More than {most:,} do not fit here. Fewer are faster: frames are left out.",
+            )
+
+    def lay_out_examples(self):
+        self.samples = gr.Dataset(
+            label="Examples with stored answers",
+            components=[gr.Video(render=False), gr.Textbox(render=False)],
+            samples=[[str(example.clip), example.question] for example, _ in self.examples],
+            type="index",
+            visible=bool(self.examples),
+            elem_id="examples",
+        )
+
+    def lay_out_views(self):
+        settings = self.answerer.model.config.text_config
+        layers, groups = settings.num_hidden_layers, settings.num_key_value_heads
+        self.summary = gr.HTML(HINT, elem_id="summary")
+        self.strip = gr.HTML("", elem_id="strip")
+        with gr.Row():
+            self.word = gr.Radio([], label="Word of the answer", elem_id="word")
+            self.second = gr.Slider(
+                0, 1, 0, label="Moment that looks back", info="seconds; follows the player",
+                elem_id="second",
+            )  # fmt: skip
+            self.layer = gr.Slider(
+                0, layers, 0, step=1, label="Layer", info="0: all", elem_id="layer"
+            )
+            self.group = gr.Slider(
+                0, groups, 0, step=1, label="Head group", info="0: all; of what looks back",
+                elem_id="group",
+            )  # fmt: skip
+
+    def connect(self):
+        private = {"api_visibility": "private"}
+        everything = [self.session, self.chat, self.taken, self.question, *self.views()]
+        asking = gr.on(
+            [self.ask.click, self.question.submit],
+            self.on_ask,
+            [self.session, self.video, self.question, self.remember, self.budget],
+            everything,
+            show_progress="hidden",
+            **private,
+        )
+        at_once = {"queue": False, **private}
+        self.stop.click(self.on_stop, self.session, self.chat, cancels=asking, **at_once)
+        gr.on([self.new.click, self.chat.clear], self.on_new, None, everything, **at_once)
+        self.video.upload(
+            self.on_upload,
+            [self.session, self.video, self.budget],
+            [self.session, self.taken, *self.views()],
+            show_progress="hidden",
+            **private,
+        )
+        chosen = [self.session, self.word, self.layer, self.group, self.second]
+        gr.on(
+            [self.word.input, self.layer.change, self.group.change, self.second.change],
+            self.on_choice,
+            chosen,
+            [self.summary, self.strip],
+            show_progress="hidden",
+            trigger_mode="always_last",
+            **at_once,
+        )
+        if self.examples:
+            outputs = [self.video, *everything]
+            self.samples.click(self.on_example, self.samples, outputs, **at_once)
+            self.blocks.load(lambda: self.on_example(0), None, outputs, **at_once)
+
+    def views(self):
+        return [self.summary, self.strip, self.word, self.second, self.layer, self.group]
+
+    # Handlers.
+
+    def on_ask(self, session, video, question, remember, budget):
+        """The answer, piece by piece; then the views of it."""
+        question = question.strip()
+        if video is None:
+            raise as_message(ValueError("there is no video: upload one, or take an example"))
+        if not question:
+            raise as_message(ValueError("the question is empty: type one under the conversation"))
+        if len(question) > MOST_LETTERS:
+            raise as_message(ValueError(f"the question has more than {MOST_LETTERS} letters"))
+        turns = session.turns if remember else []
+        known = bool(turns) and same_file(video, session.video)
+        messages = chat_of(turns)
+        lines, text = [], ""
+        try:
+            for kind, value in self.answerer.answer(
+                turns, None if known else video, question, int(budget)
+            ):
+                if kind == "answer":
+                    break
+                if kind == "taken":
+                    lines.append(value)
+                else:
+                    text += value
+                yield {
+                    self.chat: [*messages, *exchange(question, text or "…")],
+                    self.taken: "\n".join(lines),
+                    self.question: "",
+                }
+        except gr.Error as error:
+            yield {
+                self.chat: messages,
+                self.question: question,
+                self.taken: html.unescape(error.message),
+            }
+            raise
+        turn = ([] if known else [video], question, value.text)
+        session = Session([*turns, turn], video, value)
+        yield {
+            self.session: session,
+            self.chat: chat_of(session.turns),
+            self.taken: "\n".join(value.taken),
+            self.question: "",
+            **self.show(value),
+        }
+
+    def on_stop(self, session):
+        return chat_of(session.turns)
+
+    def on_new(self):
+        return {
+            self.session: Session(),
+            self.chat: [],
+            self.taken: "",
+            self.question: "",
+            **self.show(None),
+        }
+
+    def on_upload(self, session, video, budget):
+        """What would be taken, or what is wrong with the file; the views of another one go."""
+        changed = {self.session: Session(session.turns, session.video), **self.show(None)}
+        try:
+            yield changed | {self.taken: self.answerer.plan(video, int(budget))}
+        except (ValueError, OSError) as error:
+            message = as_message(error, [video])
+            yield changed | {self.taken: html.unescape(message.message)}
+            raise message from error
+
+    def on_example(self, index):
+        """The stored answer to an example's question."""
+        example, answer = self.examples[index]
+        session = Session([([str(example.clip)], example.question, answer.text)], None, answer)
+        session.video = str(example.clip)
+        return {
+            self.video: str(example.clip),
+            self.session: session,
+            self.chat: chat_of(session.turns),
+            self.taken: "\n".join(answer.taken),
+            self.question: example.question,
+            **self.show(answer),
+        }
+
+    def on_choice(self, session, word, layer, group, second):
+        answer = session.answer
+        if answer is None or answer.record is None:
+            return gr.skip(), gr.skip()
+        # The first choice of each is all of them.
+        word, layer, group = (int(one) - 1 if one else None for one in (word, layer, group))
+        return (
+            summary(answer, word, layer),
+            film_strip(answer, word, layer, group, second) + LEGEND,
+        )
+
+    def show(self, answer):
+        """The views of an answer, as they are at first; of none, empty."""
+        if answer is None or answer.record is None:
+            hint = HINT if answer is None else f"<p class='hint'>{answer.unrecorded}</p>"
+            return {self.summary: hint, self.strip: "", self.word: gr.Radio([])}
+        moments = Moments(answer)
+        last = float(moments.begin[-1])
+        words = [(word.strip(), number) for number, word in enumerate(answer.words, start=1)]
+        words = [word for word in words if any(letter.isalnum() for letter in word[0])]
+        return {
+            self.summary: summary(answer, None, None),
+            self.strip: film_strip(answer, None, None, None, last) + LEGEND,
+            self.word: gr.Radio([("all", 0), *(words if len(words) > 1 else [])], value=0),
+            self.second: gr.Slider(maximum=last, value=last, step=moments.length),
+            self.layer: 0,
+            self.group: 0,
+        }
+
+
+def exchange(question, answer):
+    """The messages of a question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def chat_of(turns):
+    return [message for _, *turn in turns for message in exchange(*turn)]
+
+
+def same_file(one, other):
+    return os.path.exists(other) and filecmp.cmp(one, other, shallow=False)
