@@ -77,6 +77,8 @@ def prepare(argv):
     with args.main_process_first(desc="loading the checkpoint's code"):
         config = AutoConfig.from_pretrained(name, **load)
         processor = AutoProcessor.from_pretrained(name, **load)
+        if data_args.timestamps:
+            processor.video_processor.timestamps = True
         if code := getattr(config, "auto_map", {}).get("AutoModelForImageTextToText"):
             get_class_from_dynamic_module(code, name, revision=revision)
     read = functools.partial(

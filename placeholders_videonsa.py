@@ -74,3 +74,21 @@ def check_samples(texts: list[str], token: str, kind: str, counts: list[int] | N
             f"The texts have {found} {token} placeholders, but the lists of {kind}s, one for each "
             f"text, have {counts}: put each {kind} into the list of its text."
         )
+
+
+def write_video(token: str, grid, merge_size: int, times: list[float] | None = None) -> str:
+    """What stands for a video in the text: its tokens, the time of each temporal step before them.
+
+    grid: [time, height, width] in patches, of which merge_size**2 are a token.
+    times: seconds of each frame, of which the middle of each temporal step's is written, as in
+        Qwen3-VL: "<12.5 seconds>". Without them there are tokens only.
+    """
+    steps, height, width = (int(number) for number in grid)
+    tokens = token * (height * width // merge_size**2)
+    if times is None:
+        return tokens * steps
+    size = -(-len(times) // steps)
+    groups = [times[step * size : (step + 1) * size] for step in range(steps)]
+    # The last frame of an odd number stands for two.
+    middles = [(group[0] + group[-1]) / 2 for group in groups]
+    return "".join(f"<{middle:.1f} seconds>{tokens}" for middle in middles)

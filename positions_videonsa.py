@@ -197,37 +197,60 @@ def _rows(grid):
 
 
 def _spans(config, ids, grids, seconds):
-    """The positions of one sample without padding: [3, n] for each run of text, each medium."""
+    """The positions of one sample without padding: [3, n] for each run of text, each medium.
+
+    Where text stands between the temporal steps of a video, as the processor's timestamps do, each
+    run of steps is placed like a video of its own.
+    """
     kinds = torch.zeros_like(ids)
     for token_id in grids:
         kinds[ids == token_id] = token_id
     kinds, counts = torch.unique_consecutive(kinds, return_counts=True)
     spans, start = [torch.empty(3, 0, dtype=torch.long, device=ids.device)], 0
+    rest, second = None, None  # the grid of the steps of a video that are yet to come
     for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True):
         while count > 0:
             if kind in grids:
-                grid = next(grids[kind], None)
+                is_video = kind == config.video_token_id
+                grid = rest if is_video and rest else next(grids[kind], None)
                 if grid is None:
                     raise ValueError(
                         f"input_ids hold {count} tokens with id {kind} that no grid accounts "
                         "for. Pass the image_grid_thw and video_grid_thw of every placeholder, "
                         "as the processor returns them with input_ids."
                     )
-                is_video = kind == config.video_token_id
-                span = _medium_positions(config, grid, next(seconds) if is_video else None)
+                if is_video:
+                    second = second if rest else next(seconds)
+                    taken = _steps_in(config, grid, count)
+                    rest = [grid[0] - taken, *grid[1:]] if taken < grid[0] else None
+                    grid = [taken, *grid[1:]] if taken else grid
+                span = _medium_positions(config, grid, second if is_video else None)
             else:
                 span = torch.arange(count)[None].expand(3, -1)
             if span.shape[1] > count:
-                raise ValueError(
-                    f"input_ids hold {count} tokens with id {kind} where an image or video of the "
-                    f"grid {grid} stands, which has {span.shape[1]}. Pass input_ids and the grids "
-                    "of all images and videos in them as the processor returned them together."
-                )
+                raise _misfit(count, kind, grid, span.shape[1])
             span = span.to(ids.device)
             spans.append(span + start)
             start += int(span.max()) + 1
             count -= span.shape[1]
+    if rest:
+        missing = math.prod(rest) // config.vision_config.spatial_merge_size**2
+        raise _misfit(0, config.video_token_id, rest, missing)
     return spans
+
+
+def _steps_in(config, grid, count):
+    """The temporal steps of a video that so many tokens are, no more than it has."""
+    time, height, width = grid
+    return min(count // (height * width // config.vision_config.spatial_merge_size**2), time)
+
+
+def _misfit(count, kind, grid, wanted):
+    return ValueError(
+        f"input_ids hold {count} tokens with id {kind} where an image or video of the grid "
+        f"{list(grid)} stands, which has {wanted}. Pass input_ids and the grids of all images and "
+        "videos in them as the processor returned them together."
+    )
 
 
 def _medium_positions(config, grid, second_per_grid):

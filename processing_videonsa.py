@@ -44,6 +44,7 @@ from .placeholders_videonsa import (
     count_images,
     count_videos,
     read_texts,
+    write_video,
 )
 from .planned_video_videonsa import (
     PlannedFile,
@@ -81,6 +82,7 @@ class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessor.valid_kwargs, total=Fal
     video_backend: "pyav", which reads all files.
     progress: whether a bar shows how far a file is decoded.
     stream: whether the pixels come as a `PixelStream`.
+    timestamps: whether the time of each temporal step stands before its tokens in the text.
     video_parts: what `VideoNSAProcessor` passes, the videos with their own settings and plans.
     """
 
@@ -95,6 +97,7 @@ class VideoNSAVideoProcessorKwargs(Qwen2VLVideoProcessor.valid_kwargs, total=Fal
     video_backend: str | None
     progress: bool | None
     stream: bool | None
+    timestamps: bool | None
     video_parts: list | None
 
 
@@ -115,6 +118,7 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
     video_readers = None
     video_decoder = "cpu"
     stream = False
+    timestamps = False  # Qwen2.5-VL was not trained with any
     cap_pixels_per_frame = False  # total_pixels does it
 
     def __init__(self, size=None, **kwargs):
@@ -185,7 +189,8 @@ class VideoNSAVideoProcessor(Qwen2VLVideoProcessor):
         metadata, kwargs = kwargs.pop("video_metadata", None), _read_settings(kwargs)
         stream, progress = kwargs.pop("stream", None), kwargs.pop("progress", None)
         settings = {name: kwargs.pop(name, None) for name in (*SETTINGS, "size", "video_backend")}
-        kwargs.pop("input_data_format", None)
+        for name in ("input_data_format", "timestamps"):  # the second is of the text
+            kwargs.pop(name, None)
         videos = kwargs.pop("video_parts", None) or list_videos(videos)
         if not videos:
             raise ValueError("videos is an empty list; give at least one video.")
@@ -550,6 +555,27 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             for (token, kind), counts in nested.items():
                 check_samples(text, token, kind, counts)
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
+
+    def replace_video_token(self, video_inputs, video_idx, timestamps=None, **kwargs):
+        """What stands for a video in the text; video_inputs as the video processor gives them.
+
+        timestamps: whether the times of its frames do, too; None as the video processor says.
+        """
+        timestamps = self.video_processor.timestamps if timestamps is None else timestamps
+        times = video_inputs["video_metadata"][video_idx].timestamps if timestamps else None
+        grid, merge_size = (
+            video_inputs["video_grid_thw"][video_idx],
+            self.video_processor.merge_size,
+        )
+        return write_video(self.video_token, grid, merge_size, times)
+
+    def count_stamp_tokens(self, planned) -> int:
+        """Tokens that the timestamps of a planned video take in the text, beside its own."""
+        size, merge_size = self.video_processor.temporal_patch_size, self.video_processor.merge_size
+        grid = [math.ceil(planned.plan.frames / size), merge_size, merge_size]  # a token to a step
+        inputs = {"video_grid_thw": [grid], "video_metadata": [planned.metadata()]}
+        text = self.replace_video_token(inputs, 0)
+        return len(self.tokenizer(text, verbose=False)["input_ids"]) - grid[0]
 
     def _read_call(self, kwargs):
         """Keyword arguments of a call, copied, their settings in the types that are wanted."""

@@ -93,7 +93,7 @@ ALIASES = {"nframes": "num_frames", "sample_fps": "fps"}
 # Of a video, and of a call.
 SWITCHES = ("do_sample_frames", "do_resize", "do_convert_rgb", "do_rescale", "do_normalize")
 SWITCHES += ("cap_pixels_per_frame", "return_metadata", "return_mm_token_type_ids")
-SWITCHES += ("progress", "stream")
+SWITCHES += ("progress", "stream", "timestamps")
 SECONDS = ("video_start", "video_end")
 DECODERS = ("cpu", "cuda")
 # The least that a setting may be; a plan says why 0 tokens or pixels are too few.

@@ -162,6 +162,7 @@ class Conversation:
         # In the text, one token stands for all those of a medium.
         ids = self.processor.tokenizer(text, verbose=False)["input_ids"]
         prompt = len(ids) - len(tokens) + sum(tokens)
+        prompt += sum(map(self.processor.count_stamp_tokens, sources(messages, "video")))
         prompt += 0 if self.sequence is None else self.sequence.shape[1]
         new_tokens = self.generation.get("max_new_tokens", 0)
         forecast = self.forecast_memory(prompt, sum(tokens), new_tokens)

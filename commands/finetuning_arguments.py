@@ -143,6 +143,10 @@ class DataArguments:
     video_readers: int | None = field(
         default=None, metadata={"help": "threads that read a video, at most"}
     )
+    timestamps: bool = field(
+        default=False,
+        metadata={"help": "write the times of frames into the prompt; kept with the processor"},
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "measure all of the data, train nothing"}
     )

@@ -46,6 +46,7 @@ class Prepared:
     messages: with its videos planned and its images loaded.
     ids: of the text, each medium still one placeholder.  labelled: bool per id.
     media: (kind, tokens that it becomes) of each placeholder, in their order.
+    stamp_tokens: those of the videos' timestamps, beside them.
     note: what was given up for the token budget, if anything.
     """
 
@@ -53,6 +54,7 @@ class Prepared:
     ids: torch.Tensor
     labelled: torch.Tensor
     media: list[tuple[str, int]]
+    stamp_tokens: int = 0
     note: str = ""
 
     @property
@@ -61,7 +63,7 @@ class Prepared:
 
     @property
     def tokens(self):
-        return len(self.ids) - len(self.media) + self.vision_tokens
+        return len(self.ids) - len(self.media) + self.vision_tokens + self.stamp_tokens
 
 
 @dataclass
@@ -198,20 +200,26 @@ class Conversations(Dataset):
         planned, plans = self.processor.plan_videos(messages)
         image_tokens = self._load_images(planned)
         note, fixed = "", len(ids) - len(kinds) + sum(image_tokens)
-        total = fixed + sum(plan.tokens for plan in plans)
+        stamps, vision = self._stamp_tokens(planned), sum(plan.tokens for plan in plans)
+        total = fixed + stamps + vision
         if self.max_tokens is not None and total > self.max_tokens:
             over = f"{total:,} tokens, over the limit of {self.max_tokens:,}"
-            room = self.max_tokens - fixed
+            room = (self.max_tokens - fixed) * vision // max(stamps + vision, 1)
             if not plans or room <= 0:
                 raise ValueError(f"{over}, and there is no video to shorten")
             try:
                 planned, plans = self.processor.plan_videos(planned, max_tokens=room)
             except ValueError as error:
                 raise ValueError(f"{over}: {error}") from error
+            stamps = self._stamp_tokens(planned)
             note = f"{over}: " + "; ".join(plan.describe() for plan in plans)
         sizes = {"image": iter(image_tokens), "video": iter(plan.tokens for plan in plans)}
         media = [(kind, next(sizes[kind])) for kind in kinds]
-        return Prepared(planned, ids, labelled, media, note)
+        return Prepared(planned, ids, labelled, media, stamps, note)
+
+    def _stamp_tokens(self, messages):
+        videos = [part["video"] for part in all_parts(messages) if part["type"] == "video"]
+        return sum(map(self.processor.count_stamp_tokens, videos))
 
     def _load_images(self, messages):
         """Loads the images of the messages, in place; returns the tokens of each."""
@@ -269,21 +277,40 @@ class Conversations(Dataset):
 
     def encode(self, prepared) -> dict:
         """The model's inputs, a batch of one, and their labels."""
-        repeats = torch.ones_like(prepared.ids)
-        places = torch.isin(prepared.ids, self.placeholders)
-        repeats[places] = torch.tensor([tokens for _, tokens in prepared.media], dtype=torch.long)
-        ids, labelled = (x.repeat_interleave(repeats) for x in (prepared.ids, prepared.labelled))
-        item = {"input_ids": ids, "labels": ids.masked_fill(~labelled, IGNORE)}
+        item, written = {}, {}
         for kind in {kind for kind, _ in prepared.media}:
             given = [part[kind] for part in all_parts(prepared.messages) if part["type"] == kind]
-            pixels = self.processor(**{f"{kind}s": given}, return_tensors="pt")
+            pixels = self.processor(
+                **{f"{kind}s": given}, return_tensors="pt", return_metadata=True
+            )
             item |= {name: torch.as_tensor(pixels[name]) for name in PIXELS if name in pixels}
             merged = self.processor.image_processor.merge_size**2
             made = (item[f"{kind}_grid_thw"].prod(-1) // merged).tolist()
             planned = [tokens for own, tokens in prepared.media if own == kind]
             if made != planned:
                 raise ValueError(f"the {kind}s were planned as {planned} tokens, but became {made}")
-        return item
+            written[kind] = iter([self._written(kind, pixels, n) for n in range(len(made))])
+        ids, labelled = self._with_media(prepared, written)
+        return {"input_ids": ids, "labels": ids.masked_fill(~labelled, IGNORE), **item}
+
+    def _written(self, kind, pixels, number):
+        """The ids [tokens] that stand for an image or video in the text."""
+        write = {"image": self.processor.replace_image_token}
+        write["video"] = self.processor.replace_video_token
+        text = write[kind](pixels, number)
+        return torch.tensor(self.processor.tokenizer(text, verbose=False)["input_ids"])
+
+    def _with_media(self, prepared, written):
+        """(ids, bool per id) with each placeholder replaced by what is written for its medium."""
+        ids, labelled, start = [], [], 0
+        places = torch.isin(prepared.ids, self.placeholders).nonzero()[:, 0].tolist()
+        for place, (kind, _) in zip(places, prepared.media, strict=True):
+            medium = next(written[kind])
+            ids += [prepared.ids[start:place], medium]
+            labelled += [prepared.labelled[start:place], torch.zeros(len(medium), dtype=torch.bool)]
+            start = place + 1
+        ids, labelled = [*ids, prepared.ids[start:]], [*labelled, prepared.labelled[start:]]
+        return torch.cat(ids), torch.cat(labelled)
 
 
 class Collator:

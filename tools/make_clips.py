@@ -50,6 +50,8 @@ KINDS = (
 )
 # Never in the checkpoint's training: a new kind of question for whoever tries fine-tuning.
 NEW_KINDS = ("origin",)
+# Nor this one, of the example with timestamps (docs/examples.md).
+TIMED_KINDS = ("span",)
 OPPOSITE = {"left": "right", "right": "left", "up": "bottom", "down": "top"}
 
 # Rows of 5 cells, top to bottom.
@@ -196,7 +198,11 @@ def ask(rng: random.Random, story: Story, kind: str) -> tuple[str, str] | None:
         return ("When does a digit flash?", f"at {story.flash.start} s") if story.flash else None
     if kind == "origin":
         return f"From where does the {place}shape come?", f"from the {OPPOSITE[scene.direction]}"
-    raise ValueError(f"kind is {kind!r}; choose from {', '.join(KINDS + NEW_KINDS)}.")
+    if kind == "span":
+        flash = story.flash
+        answer = f"from {flash.start} s to {flash.end} s" if flash else "never"
+        return "From when to when does a digit flash?", answer
+    raise ValueError(f"kind is {kind!r}; choose from {', '.join(KINDS + NEW_KINDS + TIMED_KINDS)}.")
 
 
 def _sentence(scene):
