@@ -30,7 +30,14 @@ from .call_checks_videonsa import (
 )
 from .decoding_videonsa import recording
 from .library_videonsa import cache_of, create_masks_for_generate
-from .media_features_videonsa import PIXELS, PREFILL_CHUNK_SIZE, has_media
+from .media_features_videonsa import PIXELS, has_media
+from .memory_videonsa import (
+    COPIED_LAYERS,
+    PREFILL_CHUNK_SIZE,
+    cache_bytes,
+    free_memory,
+    prefill_tokens,
+)
 from .packing_videonsa import valid_tokens
 from .positions_videonsa import check_prompt, positions_of_new_tokens, state_in, state_of
 from .sharding_videonsa import draw_alike
@@ -180,13 +187,28 @@ class VideoNSAGenerationMixin(GenerationMixin):
             and self.config.text_config.nsa_semantics == "paper"  # others read a prompt whole
         ):
             if any(model_kwargs.get(pixels) is not None for pixels in PIXELS.values()):
-                size = PREFILL_CHUNK_SIZE
+                size = self._prefill_chunk_size(cache, prompt)
         if size is not None:
             model_kwargs = {**model_kwargs, "nsa_chunk_size": size}
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
         if cache is not None and cache.get_seq_length() == input_ids.shape[1]:
             cache.nsa_prompt = input_ids  # the whole conversation: `check_prompt` compares the next
         return outputs
+
+    def _prefill_chunk_size(self, cache, prompt):
+        """Tokens to read at a time, fewer where the device is nearly full; prompt: all to cache."""
+        text, itemsize = self.config.text_config, self.dtype.itemsize
+        # Processes that share a prompt out read the same chunks, whatever each of them has left.
+        shared = self.model.language_model.nsa_group is not None
+        free = None if shared else free_memory(self.device)
+        if free is not None:
+            layers = self.model.language_model.layers
+            here = sum(next(layer.parameters()).device == self.device for layer in layers)
+            kept = COPIED_LAYERS if getattr(cache, "offloading", False) else here
+            new = prompt - int(cache.get_seq_length())
+            free -= kept * cache_bytes(text, new, itemsize) / len(layers)
+            free -= COPIED_LAYERS * cache_bytes(text, prompt, itemsize) / len(layers)
+        return prefill_tokens(PREFILL_CHUNK_SIZE, text, itemsize, free)
 
 
 def _drop_cached_media(config, input_ids, cached, kwargs):

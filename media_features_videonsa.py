@@ -11,9 +11,6 @@ import torch
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
-# Tokens of a longer prompt with images or videos that `generate` reads at a time.
-PREFILL_CHUNK_SIZE = 16384
-
 
 def chunks_of(length: int, size: int) -> list[tuple[int, int]]:
     """First and last (excluded) of the tokens of each chunk of a prompt of `length` tokens.

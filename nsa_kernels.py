@@ -11,7 +11,8 @@ Contract: float16, bfloat16 or float32 on a CUDA device; head sizes 16 to 128; s
         `decode_attention` takes a cache in place of packed rows, and has no gradient.
 Memory: beyond inputs and outputs, for T tokens in 16 bit: three branch outputs (6 H D bytes a
         token), 4 bytes per chosen block three times over, and scratch that does not grow with T
-        (2 (D + 2) H S bytes for each of CHUNK_QUERIES queries, 0.3 GB of importance at a time).
+        (2 (D + 2) H S bytes for each of CHUNK_QUERIES queries, or, without a backward, of fewer on
+        a GPU that is nearly full; 0.3 GB of importance at a time).
 Oracle: nsa_reference.py.
 
 With do_b = gate_b * do, the backward of a branch needs gate_b * p and gate_b * p * (do.v - do.o_b).
@@ -124,7 +125,7 @@ class _Attention(torch.autograd.Function):
             blocks = choose_blocks(q, k_mean, lse_cmp, lengths, cu_mean, **blocked, **choice)
             if watch is not None:
                 watch(blocks)
-            lists = build_tile_lists(q, blocks, lengths, block_size=block_size)
+            lists = build_tile_lists(q, blocks, lengths, block_size=block_size, keep=keep)
             selected, lse_slc = selected_forward(q, k, v, lists, scale=scale)
             window, lse_win, o = window_forward(
                 q, k, v, lengths, **windowed, gated=(gates, compressed, selected), keep=keep

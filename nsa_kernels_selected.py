@@ -430,7 +430,8 @@ class _SelectedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, blocks, lengths, block_size, scale):
         with torch.cuda.device_of(q):
-            lists = build_tile_lists(q, blocks, lengths, block_size=block_size)
+            keep = any(ctx.needs_input_grad)
+            lists = build_tile_lists(q, blocks, lengths, block_size=block_size, keep=keep)
             o, lse = selected_forward(q, k, v, lists, scale=scale)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.lists, ctx.scale = lists, scale

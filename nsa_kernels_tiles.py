@@ -13,6 +13,14 @@ from typing import NamedTuple
 
 import torch
 
+from .memory_videonsa import (
+    CHUNK_QUERIES,
+    LEAST_QUERIES,
+    QUERIES_SHARE,
+    free_memory,
+    partial_bytes,
+    units_that_fit,
+)
 from .nsa_kernels_primitives import (
     TILE_ROWS,
     PackedLengths,
@@ -24,7 +32,6 @@ from .nsa_kernels_primitives import (
 )
 
 LARGEST_BLOCK = 64  # larger ones are taken apart
-CHUNK_QUERIES = 9216  # whose cold partials are held at once
 ALL_HOT_UP_TO = 8192  # keys; up to here tiles alone are as fast and need no scratch
 MASK_BITS = 32  # queries of a tile, one bit each
 SORTED = 1024  # entries that one program sorts
@@ -200,8 +207,19 @@ def _smaller_blocks(blocks, block_size, largest):
     return apart.flatten(2), block_size // parts
 
 
-def build_tile_lists(q, blocks, lengths, *, block_size):
-    """Hot and cold lists of the choice `blocks` int32 [Tq, K, S]."""
+def _queries_at_once(q, num_selected, keep):
+    """Queries whose cold partials are held at once; for a backward always as many, because the
+    order of its sums, and so their rounding, goes by them.
+    """
+    if keep:
+        return CHUNK_QUERIES
+    size = partial_bytes(q.shape[1], q.shape[2], num_selected, q.element_size())
+    free = free_memory(q.device)
+    return units_that_fit(CHUNK_QUERIES, LEAST_QUERIES, size, free, QUERIES_SHARE)
+
+
+def build_tile_lists(q, blocks, lengths, *, block_size, keep):
+    """Hot and cold lists of the choice `blocks` int32 [Tq, K, S]; keep: for a backward too."""
     blocks, block_size = _smaller_blocks(blocks, block_size, fitting(q, LARGEST_BLOCK))
     _, kv_heads, num_selected = blocks.shape
     slots = triton.next_power_of_2(num_selected)
@@ -211,7 +229,10 @@ def build_tile_lists(q, blocks, lengths, *, block_size):
     # A third of a tile's queries is where a step of the tile costs what the cold pairs would.
     min_share = 1 if lengths.keys <= ALL_HOT_UP_TO else max(1, round(queries / 3))
     tiles = lengths.query_tiles(queries)
-    chunk_tiles = tiles if min_share == 1 else min(max(CHUNK_QUERIES // queries, 1), tiles)
+    chunk_tiles = tiles
+    if min_share > 1:
+        at_once = _queries_at_once(q, num_selected, keep)
+        chunk_tiles = min(max(at_once // queries, 1), tiles)
     own_blocks = (queries + block_size - 2) // block_size + 1  # at most, of one tile
     capacity = queries * num_selected // min_share + own_blocks + 1  # read ahead
     integers = {"dtype": torch.int32, "device": blocks.device}

@@ -35,12 +35,19 @@ from .library_videonsa import (
     get_vision_window_index,
     merge_with_config_defaults,
 )
+from .memory_videonsa import (
+    LEAST_PATCHES,
+    PATCHES_PER_CHUNK,
+    PATCHES_SHARE,
+    free_memory,
+    patch_bytes,
+    units_that_fit,
+)
 from .packing_videonsa import send
 from .sharding_videonsa import gather_parts, share_frames
 
 logger = logging.get_logger(__name__)
 
-PATCHES_PER_CHUNK = 32768  # 8,192 tokens after merging
 SEQUENCES_PER_CALL = 32768  # CUDA's attention kernels take fewer than 65,536 sequences
 ALIGNED_COLUMNS = 64
 
@@ -256,7 +263,10 @@ class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
         begin, end = (0, len(frames) - 1) if shares is None else shares[self.nsa_group.rank()]
         chunks = [(begin, end)]
         if not (trains or records or _is_sharded(self.blocks)):
-            pieces = _chunks(frames[begin : end + 1])
+            free = free_memory(hidden_states.device)
+            size = patch_bytes(self.config, self.dtype.itemsize)
+            most = units_that_fit(PATCHES_PER_CHUNK, LEAST_PATCHES, size, free, PATCHES_SHARE)
+            pieces = _chunks(frames[begin : end + 1], most)
             chunks = [(begin + first, begin + last) for first, last in pieces]
         outputs = []
         with contextlib.nullcontext() if trains else torch.no_grad():
@@ -307,8 +317,8 @@ class VideoNSAVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
         return reorder(hidden_states, layout.windows), merged
 
 
-def _chunks(frames):
-    """Ranges of frames: as few as hold at most PATCHES_PER_CHUNK patches each, of about one size.
+def _chunks(frames, most):
+    """Ranges of frames: as few as hold at most `most` patches each, of about one size.
 
     A small chunk takes the host longer than the GPU. frames int64 [frames + 1]: cumulative patches.
     """
@@ -316,10 +326,10 @@ def _chunks(frames):
     bounds = frames.tolist()
     while first < len(bounds) - 1:
         left = bounds[-1] - bounds[first]
-        share = left / -(-left // PATCHES_PER_CHUNK)
+        share = left / -(-left // most)
         last = first + 1
         while bounds[last] - bounds[first] < share:
-            if bounds[last + 1] - bounds[first] > PATCHES_PER_CHUNK:
+            if bounds[last + 1] - bounds[first] > most:
                 break
             last += 1
         chunks.append((first, last))

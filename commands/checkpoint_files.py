@@ -37,6 +37,7 @@ CODE_FILES = (
     "sharding_videonsa.py",
     "positions_videonsa.py",
     "media_features_videonsa.py",
+    "memory_videonsa.py",
     "call_checks_videonsa.py",
     "generation_videonsa.py",
     "decoding_videonsa.py",

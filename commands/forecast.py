@@ -8,38 +8,52 @@
 
 The sizes of weights and cache follow from the configuration. The memory that a prompt takes on top
 is estimated with constants fitted to measurements on a GPU; on a CPU, where the reference runs, the
-estimate is rough.
+estimate is rough. Sizes of chunks are those that memory_videonsa.py gives the model.
 """
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from commands.quantized_loading import bits_of, bytes_per_weight, is_int8_product
+from media_features_videonsa import chunks_of
+from memory_videonsa import (
+    ATTENTION_HIDDEN_ROWS,
+    CHUNK_QUERIES,
+    COPIED_LAYERS,
+    LEAST_PATCHES,
+    LEAST_QUERIES,
+    PATCHES_PER_CHUNK,
+    PATCHES_SHARE,
+    PREFILL_CHUNK_SIZE,
+    QUERIES_SHARE,
+    cache_bytes,
+    mlp_bytes,
+    partial_bytes,
+    patch_bytes,
+    pixels_of_patch,
+    prefill_tokens,
+    units_that_fit,
+    usable_memory,
+)
 from nsa_released import CHUNK_ELEMENTS, spread_width
 
 GIB = 2**30
 
-# Tokens of one prefill chunk; tests hold it to media_features_videonsa.py.
-PREFILL_CHUNK_TOKENS = 16384
-# Memory of one layer per token of a chunk, in rows of hidden_size and of intermediate_size
-# activations: while its MLP runs, and while its attention runs.
-MLP_HIDDEN_ROWS, MLP_INTERMEDIATE_ROWS = 4, 3
-ATTENTION_HIDDEN_ROWS = 8
-# Above KERNEL_FROM vision tokens the kernels keep two buffers for KERNEL_QUERIES queries: partial
-# results of the selected branch, in bfloat16 or float16, and the importance of KERNEL_BLOCKS blocks
-# for each key/value head, in float32. Tests hold them to nsa_kernels_tiles.py.
-KERNEL_FROM, KERNEL_QUERIES, KERNEL_BLOCKS = 8192, 9216, 2048
-# Tokens of one chunk of the vision tower, four patches each, and its memory per patch while a block
-# runs, in rows of the tower's hidden_size and intermediate_size; the patch's pixels come on top, in
-# float32 and in the tower's dtype.
-VISION_CHUNK_TOKENS = 8192
-VISION_HIDDEN_ROWS, VISION_INTERMEDIATE_ROWS = 6, 3
+# Above KERNEL_FROM vision tokens the kernels hold partial results of the selected branch, and of
+# as many queries at a time the importance of KERNEL_BLOCKS blocks for each key/value head, in
+# float32. A test holds the first to nsa_kernels_tiles.py.
+KERNEL_FROM, KERNEL_BLOCKS = 8192, 2048
 # Under the released semantics a prompt is read whole, and a layer's attention keeps this many rows
 # of spread heads per token, and float32 scores of so many chunks (docs/released.md has the peaks).
 RELEASED_SPREAD_ROWS, RELEASED_SCORES = 4, 5
-# Layers whose keys and values exist twice: one whose cache grows, and one packed for the branches.
-COPIED_LAYERS = 2
+# Bytes of an intermediate activation besides, while bitsandbytes multiplies in 8 bits: the product
+# in int32 and in float16.
+INT8_PRODUCT_BYTES = 6
+# What a model in 16 bit may be loaded in instead, largest first.
+LOADS = ("8bit", "4bit")
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,7 @@ class Forecast:
     fitting_tokens: the largest number of tokens that fits; None where `available` is None.
     offloaded: whether the run would fit with its cache in the host's memory, a layer at a time on
         the device (cache_implementation="offloaded"); None where `available` is None.
+    loads: names of `LOADS` (--load_in) in which weights that are now in 16 bit would fit.
     """
 
     tokens: int
@@ -63,6 +78,7 @@ class Forecast:
     available: float | None = None
     fitting_tokens: int | None = None
     offloaded: bool | None = None
+    loads: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool | None:
@@ -102,6 +118,8 @@ class Forecast:
             ways.append(f"{fewer}, or frames of {share:.0%} of the pixels")
         elif self.fitting_tokens:
             ways.append(f"at most {self.fitting_tokens:,} tokens fit")
+        if self.loads:
+            ways.append(f"--load_in {self.loads[0]} makes all of it fit")
         if self.offloaded:
             ways.append('generate(..., cache_implementation="offloaded") keeps the cache off it')
         if not ways:
@@ -116,6 +134,7 @@ def forecast(
     vision_tokens=0,
     new_tokens=0,
     dtype=torch.bfloat16,
+    quantization=None,
     device=None,
     available=None,
 ) -> Forecast:
@@ -123,28 +142,22 @@ def forecast(
 
     prompt_tokens: of the prompt with all that is cached before it.  vision_tokens: of those.
     new_tokens: of the answer.  dtype: of the weights and the cache.
+    quantization: the quantization_config that it is loaded with; None is the checkpoint's own.
     device: a CUDA device whose free memory is asked for; what this process holds of it already
         counts as free, because weights that are loaded are part of the forecast.
     available: bytes, instead of a device.
     """
-    if available is None and device is not None and torch.device(device).type == "cuda":
-        available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    weights = count_parameters(config) * dtype.itemsize
-
-    def peak(prompt, vision, on_device=None):
-        layers = config.text_config.num_hidden_layers
-        cached = cache_bytes(config, prompt + new_tokens, dtype)
-        copies = COPIED_LAYERS * cached / layers
-        # With an offloaded cache, one layer is used while the next one is fetched.
-        cached = cached if on_device is None else on_device * cached / layers
-        return weights + cached + copies + chunk_bytes(config, prompt, vision, dtype)
-
+    if available is None and device is not None:
+        available = usable_memory(device)
+    quantization = quantization or getattr(config, "quantization_config", None)
+    run = _Run(config, new_tokens, dtype, quantization, available)
+    peak = run.peak(prompt_tokens, vision_tokens)
     result = Forecast(
         tokens=prompt_tokens + new_tokens,
         vision_tokens=vision_tokens,
-        weights=weights / GIB,
-        cache=cache_bytes(config, prompt_tokens + new_tokens, dtype) / GIB,
-        peak=peak(prompt_tokens, vision_tokens) / GIB,
+        weights=run.weights / GIB,
+        cache=run.cached(prompt_tokens) / GIB,
+        peak=peak / GIB,
     )
     if available is None:
         return result
@@ -152,14 +165,51 @@ def forecast(
     low, high = 0, prompt_tokens  # the largest prompt that fits is in [low, high]
     while low < high:
         middle = (low + high + 1) // 2
-        fits = peak(middle, max(middle - text, 0)) <= available
+        fits = run.peak(middle, max(middle - text, 0)) <= available
         low, high = (middle, high) if fits else (low, middle - 1)
+    loads = ()
+    if quantization is None and peak > available:
+        others = {name: run._replace(quantization=bits_of(name)) for name in LOADS}
+        loads = [
+            name
+            for name, other in others.items()
+            if other.peak(prompt_tokens, vision_tokens) <= available
+        ]
     return dataclasses.replace(
         result,
         available=available / GIB,
         fitting_tokens=low + new_tokens if low else 0,
-        offloaded=peak(prompt_tokens, vision_tokens, on_device=2) <= available,
+        offloaded=run.peak(prompt_tokens, vision_tokens, on_device=2) <= available,
+        loads=tuple(loads),
     )
+
+
+class _Run(NamedTuple):
+    """What the peak of any prompt follows from; `available` bytes or None."""
+
+    config: object
+    new_tokens: int
+    dtype: torch.dtype
+    quantization: object
+    available: int | None
+
+    @property
+    def weights(self):
+        return weight_bytes(self.config, self.dtype, self.quantization)
+
+    def cached(self, prompt):
+        text = self.config.text_config
+        return cache_bytes(text, prompt + self.new_tokens, self.dtype.itemsize)
+
+    def peak(self, prompt, vision, on_device=None):
+        """Bytes; on_device: the layers of the cache that are on it, where it is offloaded."""
+        layers, cached = self.config.text_config.num_hidden_layers, self.cached(prompt)
+        copies = COPIED_LAYERS * cached / layers
+        # With an offloaded cache, one layer is used while the next one is fetched.
+        cached = cached if on_device is None else on_device * cached / layers
+        held = self.weights + cached + copies
+        left = None if self.available is None else self.available - held
+        return held + chunk_bytes(self.config, prompt, vision, self.dtype, self.quantization, left)
 
 
 def count_parameters(config) -> int:
@@ -181,50 +231,66 @@ def count_parameters(config) -> int:
     return language + patch * width + vision.depth * block + merger
 
 
-def cache_bytes(config, tokens, dtype) -> int:
-    """Bytes of the keys and values of so many tokens."""
-    text = config.text_config
-    head = text.hidden_size // text.num_attention_heads
-    row = 2 * text.num_key_value_heads * head * dtype.itemsize
-    return tokens * text.num_hidden_layers * row
+def count_quantized(config) -> int:
+    """Parameters that a quantizer takes: of the language model's linear layers, gates and biases
+    left out, and with `quantize_vision_tower` of the tower's.
+    """
+    text, vision = config.text_config, config.vision_config
+    hidden, head = text.hidden_size, text.hidden_size // text.num_attention_heads
+    layer = 2 * hidden * hidden + 2 * hidden * text.num_key_value_heads * head
+    layer += 3 * hidden * text.intermediate_size
+    total = text.num_hidden_layers * layer
+    if config.quantize_vision_tower:
+        width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
+        total += vision.depth * (4 * width * width + 3 * width * vision.intermediate_size)
+        total += merged * merged + merged * vision.out_hidden_size
+    return total
 
 
-def chunk_bytes(config, prompt, vision_tokens, dtype) -> int:
+def weight_bytes(config, dtype, quantization=None) -> float:
+    """Bytes of the parameters; quantization: a quantization_config or None."""
+    total = count_parameters(config)
+    quantized = 0 if quantization is None else count_quantized(config)
+    each = bytes_per_weight(quantization, dtype.itemsize) if quantized else 0
+    return (total - quantized) * dtype.itemsize + quantized * each
+
+
+def chunk_bytes(config, prompt, vision_tokens, dtype, quantization=None, available=None) -> float:
     """Bytes beyond weights and cache while a prompt is read: of whichever part takes most.
 
     The vision tower is done with a chunk of frames before the language model reads it, and a
-    layer's attention before its MLP.
+    layer's attention before its MLP. available: bytes beside weights, cache and copies, or None.
     """
-    text, vision = config.text_config, config.vision_config
+    text, vision, itemsize = config.text_config, config.vision_config, dtype.itemsize
     released = text.nsa_semantics == "released" and vision_tokens > 0
-    tokens = prompt if released else longest_chunk(prompt)
+    tokens = prompt
+    if not released:
+        size = prefill_tokens(PREFILL_CHUNK_SIZE, text, itemsize, available)
+        tokens = longest_chunk(prompt, size)
     head, heads = text.hidden_size // text.num_attention_heads, text.num_attention_heads
-    mlp = MLP_HIDDEN_ROWS * text.hidden_size + MLP_INTERMEDIATE_ROWS * text.intermediate_size
-    mlp *= tokens * dtype.itemsize
-    attention = ATTENTION_HIDDEN_ROWS * text.hidden_size * tokens * dtype.itemsize
+    mlp = tokens * mlp_bytes(text, itemsize)
+    if quantization is not None and is_int8_product(quantization):
+        mlp += tokens * text.intermediate_size * INT8_PRODUCT_BYTES
+    attention = ATTENTION_HIDDEN_ROWS * text.hidden_size * tokens * itemsize
     if released:
         heads = spread_width(heads, text.num_key_value_heads)
-        attention += RELEASED_SPREAD_ROWS * heads * head * tokens * dtype.itemsize
+        attention += RELEASED_SPREAD_ROWS * heads * head * tokens * itemsize
         attention += RELEASED_SCORES * 4 * min(CHUNK_ELEMENTS["cuda"], prompt * heads)
     elif vision_tokens > KERNEL_FROM:
-        partial = 2 * (head + 2) * heads * text.nsa_num_selected_blocks
+        partial = partial_bytes(heads, head, text.nsa_num_selected_blocks, itemsize)
+        left = None if available is None else available - attention
+        queries = units_that_fit(CHUNK_QUERIES, LEAST_QUERIES, partial, left, QUERIES_SHARE)
         importance = 4 * KERNEL_BLOCKS * text.num_key_value_heads
-        attention += KERNEL_QUERIES * (partial + importance)
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    patch = (
-        VISION_HIDDEN_ROWS * vision.hidden_size
-        + VISION_INTERMEDIATE_ROWS * vision.intermediate_size
-    ) * dtype.itemsize + pixels * (4 + dtype.itemsize)
-    patches = min(vision_tokens, VISION_CHUNK_TOKENS) * vision.spatial_merge_size**2
-    held = 4 * pixels * vision_tokens * vision.spatial_merge_size**2 if released else 0
-    return held + max(mlp, attention, patches * patch)
+        attention += min(queries, tokens) * partial + min(CHUNK_QUERIES, tokens) * importance
+    patch, unit = patch_bytes(vision, itemsize), vision.spatial_merge_size**2
+    most = units_that_fit(PATCHES_PER_CHUNK, LEAST_PATCHES, patch, available, PATCHES_SHARE)
+    held = 4 * pixels_of_patch(vision) * vision_tokens * unit if released else 0
+    return held + max(mlp, attention, min(vision_tokens * unit, most) * patch)
 
 
-def longest_chunk(prompt: int) -> int:
-    """Tokens of the longest chunk of a prompt; a rest of up to an eighth of one joins the last."""
-    rest = prompt % PREFILL_CHUNK_TOKENS
-    joins = rest <= PREFILL_CHUNK_TOKENS // 8
-    return min(prompt, PREFILL_CHUNK_TOKENS + (rest if joins else 0))
+def longest_chunk(prompt: int, size: int) -> int:
+    """Tokens of the longest chunk of a prompt that is read `size` tokens at a time."""
+    return max(end - start for start, end in chunks_of(prompt, size))
 
 
 def _gib(amount):

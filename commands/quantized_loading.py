@@ -56,6 +56,48 @@ def loading_options(name: str | None) -> dict:
     return {} if name is None else {"quantization_config": quantization_config(name)}
 
 
+def bits_of(name: str) -> dict:
+    """The fields of bitsandbytes' configuration for "4bit" or "8bit", without that library."""
+    fields = {"quant_method": "bitsandbytes", "load_in_8bit": name == "8bit"}
+    return {**fields, "bnb_4bit_use_double_quant": True}
+
+
+def bytes_per_weight(quantization, itemsize: int) -> float:
+    """Bytes that a quantised weight takes, with its share of what scales it.
+
+    quantization: a quantization_config, or its fields as config.json holds them. itemsize: of
+    weights in whole, which those of other libraries are taken for unless they say their bits.
+    """
+    fields = _fields(quantization)
+    method = _method(fields)
+    if method == "bitsandbytes" and fields.get("load_in_8bit"):
+        return 1
+    if method == "bitsandbytes":  # a scale for 64 weights: float32, or 8 bits and a few more
+        nested = fields.get("bnb_4bit_use_double_quant")
+        return 0.5 + (1 / 64 + 4 / (64 * 256) if nested else 4 / 64)
+    if method == "torchao":
+        bits = 4 if "Int4" in fields["quant_type"]["default"]["_type"] else 8
+    elif method == "quanto":
+        bits = int(fields["weights"].lstrip("intfloa"))
+    else:
+        bits = fields.get("bits") or 8 * itemsize
+    return bits / 8 + (4 / 128 if bits < 8 else 0)  # two numbers of 16 bit for a group of 128
+
+
+def is_int8_product(quantization) -> bool:
+    """Whether activations are multiplied in 8 bits, as bitsandbytes does."""
+    fields = _fields(quantization)
+    return _method(fields) == "bitsandbytes" and bool(fields.get("load_in_8bit"))
+
+
+def _fields(quantization):
+    return quantization if isinstance(quantization, dict) else quantization.to_dict()
+
+
+def _method(fields):
+    return str(getattr(fields["quant_method"], "value", fields["quant_method"]))
+
+
 def _torchao_type(name):
     from torchao.quantization import (
         Float8WeightOnlyConfig,

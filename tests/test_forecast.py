@@ -1,27 +1,26 @@
 """The forecast of a run: exact where it can be, and what it says when a run does not fit."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from videonsa.configuration_videonsa import VideoNSAConfig
-from videonsa.media_features_videonsa import PREFILL_CHUNK_SIZE, chunks_of
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
-from videonsa.nsa_kernels_tiles import ALL_HOT_UP_TO, CHUNK_QUERIES
-from videonsa.vision_videonsa import PATCHES_PER_CHUNK
+from videonsa.nsa_kernels_tiles import ALL_HOT_UP_TO
 
 from commands.forecast import (
     GIB,
     KERNEL_FROM,
-    KERNEL_QUERIES,
-    PREFILL_CHUNK_TOKENS,
-    VISION_CHUNK_TOKENS,
-    cache_bytes,
+    chunk_bytes,
     count_parameters,
+    count_quantized,
     forecast,
     longest_chunk,
 )
+from commands.quantized_loading import bits_of
+from memory_videonsa import cache_bytes
 from paths import ROOT
 
 VISION_7B = {"hidden_size": 1280, "out_hidden_size": 3584, "intermediate_size": 3420, "depth": 32}
@@ -60,14 +59,9 @@ def test_parameters_are_counted_exactly(name):
     assert name != "7B" or round(count_parameters(config) / 1e9, 2) == 8.66
 
 
-def test_chunks_are_those_of_the_model():
-    """The forecast keeps copies, because it takes a configuration and loads no model."""
-    assert PREFILL_CHUNK_TOKENS == PREFILL_CHUNK_SIZE
-    for length in (1, 16384, 16385, 18432, 18433, 32768, 34816, 34817, 131104):
-        chunks = chunks_of(length, PREFILL_CHUNK_SIZE)
-        assert longest_chunk(length) == max(end - start for start, end in chunks)
-    assert (KERNEL_FROM, KERNEL_QUERIES) == (ALL_HOT_UP_TO, CHUNK_QUERIES)
-    assert VISION_CHUNK_TOKENS * 2**2 == PATCHES_PER_CHUNK  # merged 2 x 2
+def test_the_kernels_hold_partial_results_from_as_many_keys_as_the_forecast_says():
+    assert KERNEL_FROM == ALL_HOT_UP_TO
+    assert [longest_chunk(tokens, 16384) for tokens in (7, 18432, 18433)] == [7, 18432, 16384]
 
 
 def test_the_cache_is_counted_exactly():
@@ -75,7 +69,7 @@ def test_the_cache_is_counted_exactly():
     cache = model(torch.arange(10, 17)[None], use_cache=True, return_dict=True)
     cache = cache["cache" if "cache" in cache else "past_key_values"]
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert cache_bytes(model.config, 7, model.dtype) == held
+    assert cache_bytes(model.config.text_config, 7, model.dtype.itemsize) == held
 
 
 def test_seven_billion_at_128k():
@@ -123,7 +117,9 @@ def test_an_offloaded_cache_keeps_two_layers_on_the_device():
     config, tokens = seven_billion(), 500_000
     whole = forecast(config, tokens, vision_tokens=tokens)
     layer = whole.cache / config.text_config.num_hidden_layers
-    least = whole.peak - whole.cache + 2 * layer  # one in use and the one that is fetched
+    chunk = chunk_bytes(config, tokens, tokens, torch.bfloat16, available=0) / GIB
+    # One in use and the one that is fetched, and two that exist twice.
+    least = whole.weights + 2 * layer + 2 * layer + chunk
     for available, fits in ((least + layer / 2, True), (least - layer / 2, False)):
         asked = {"vision_tokens": tokens, "available": int(available * GIB)}
         assert forecast(config, tokens, **asked).offloaded is fits
@@ -206,3 +202,54 @@ def test_a_prompt_that_is_read_whole_takes_more(tokens, measured):
     peak = forecast(released, tokens, vision_tokens=tokens).peak
     assert peak == pytest.approx(measured, rel=0.02)
     assert peak > forecast(paper, tokens, vision_tokens=tokens).peak
+
+
+@pytest.mark.parametrize("tower", [False, True])
+def test_quantised_parameters_are_counted_exactly(tower):
+    config = seven_billion()
+    config.quantize_vision_tower = tower
+    with torch.device("meta"):
+        model = VideoNSAForConditionalGeneration(config)
+    kept = re.compile("|".join(model._keep_in_fp32_modules))
+    layers = {name: x for name, x in model.named_modules() if isinstance(x, torch.nn.Linear)}
+    counted = sum(x.weight.numel() for name, x in layers.items() if not kept.match(name))
+    assert count_quantized(config) == counted
+
+
+def test_quantised_weights_take_what_their_bits_and_scales_do():
+    config = seven_billion()
+    seen = {name: forecast(config, 8192, quantization=bits_of(name)) for name in ("4bit", "8bit")}
+    seen["16bit"] = forecast(config, 8192)
+    assert {name: round(one.weights, 2) for name, one in seen.items()} == {
+        "16bit": 16.13,
+        "8bit": 10.05,
+        "4bit": 7.11,
+    }
+    config.quantization_config = bits_of("4bit")
+    assert forecast(config, 8192) == seen["4bit"]  # the checkpoint's own
+    assert seen["4bit"].cache == seen["16bit"].cache
+
+
+def test_a_full_card_is_worked_on_in_smaller_chunks_and_says_what_would_fit():
+    config, tokens = seven_billion(), 131072
+    asked = {"vision_tokens": tokens, "new_tokens": 32}
+    large = forecast(config, tokens, **asked, available=80 * GIB)
+    assert large.peak == forecast(config, tokens, **asked).peak
+    tight = forecast(config, tokens, **asked, available=large.peak * GIB - 2 * GIB)
+    assert tight.fits and tight.peak < large.peak - 2
+    refused = forecast(config, tokens, **asked, available=int(23.5 * GIB))
+    assert not refused.fits and refused.loads == ("8bit", "4bit")
+    assert "; --load_in 8bit makes all of it fit; " in refused.remedies()
+    assert forecast(
+        config, tokens, **asked, available=int(23.5 * GIB), quantization=bits_of("8bit")
+    ).fits
+
+
+def test_everything_that_is_said_to_fit_does_on_any_card():
+    """Between the smallest chunk and the largest there is no size where a longer prompt fits."""
+    config = seven_billion()
+    for available in range(12 * GIB, 30 * GIB, GIB):
+        asked = {"available": available, "quantization": bits_of("4bit")}
+        most = forecast(config, 10**6, vision_tokens=10**6, **asked).fitting_tokens
+        for tokens in range(most // 10, most, most // 10):
+            assert forecast(config, tokens, vision_tokens=tokens, **asked).fits, (available, tokens)

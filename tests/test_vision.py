@@ -156,18 +156,15 @@ def test_chunks_equal_the_whole(monkeypatch, calls, most):
 
 def test_chunks_hold_whole_frames():
     frames = torch.tensor([0, 10, 20, 30, 100, 110])
-    assert vision._chunks(frames) == [(0, 5)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vision, "PATCHES_PER_CHUNK", 20)
-        assert vision._chunks(frames) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+    assert vision._chunks(frames, 110) == [(0, 5)]
+    assert vision._chunks(frames, 20) == [(0, 2), (2, 3), (3, 4), (4, 5)]
 
 
 @pytest.mark.parametrize("most", [40, 47])
 @pytest.mark.parametrize("count", [1, 4, 5, 9, 10, 11, 12, 13, 100])
-def test_chunks_are_as_few_as_possible_and_none_is_small(count, most, monkeypatch):
+def test_chunks_are_as_few_as_possible_and_none_is_small(count, most):
     """For a frame or two at the end the host would take longer than the GPU."""
-    monkeypatch.setattr(vision, "PATCHES_PER_CHUNK", most)  # four frames
-    chunks = vision._chunks(torch.arange(count + 1) * 10)
+    chunks = vision._chunks(torch.arange(count + 1) * 10, most)  # of four frames
     sizes = [last - first for first, last in chunks]
     assert len(chunks) == -(-count // 4) and sum(sizes) == count
     assert max(sizes) <= 4 and max(sizes) - min(sizes) <= (1 if most == 40 else 2)
