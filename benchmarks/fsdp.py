@@ -2,12 +2,13 @@
 
     python benchmarks/fsdp.py --out out/fsdp
     python benchmarks/fsdp.py --out out/fsdp --tokens 36000 --layers 8 --processes 4
+    python benchmarks/fsdp.py --out out/fsdp --no-resume --sequence_parallel_size 2
 
 Makes a checkpoint with random weights and conversations about noise (pictures as frames, so that no
 video file has to be decoded), half of a process's batches longer than the other's and one without
 any video. Then finetune.py runs with a recipe of examples/recipes, once through and once resumed
-from its middle. Prints the losses of both, tokens a second and the peak memory of one GPU. Further
-flags go to finetune.py.
+from its middle (--no-resume: once, without a save on the way). Prints the losses of both, tokens a
+second and the peak memory of one GPU. Further flags go to finetune.py.
 """
 
 import argparse
@@ -36,8 +37,9 @@ def main():
     parser.add_argument("--vision_layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=8192, help="of the longest conversation")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--model", type=Path, help="use this checkpoint, make none")
-    args, flags = parser.parse_known_args()
+    args, given = parser.parse_known_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
     model = args.model or args.out / "model"
@@ -47,17 +49,21 @@ def main():
     middle = args.steps // 2
     flags = [
         *("--model_name_or_path", model, "--data", data, "--max_steps", args.steps),
-        *("--save_steps", middle, "--logging_steps", 1, "--gradient_accumulation_steps", 1),
+        *("--save_steps", middle if args.resume else args.steps),
+        *("--logging_steps", 1, "--gradient_accumulation_steps", 1),
         *("--lr_scheduler_type", "constant", "--warmup_steps", 0, "--disable_tqdm", "true"),
-        *flags,
+        *given,
     ]
     whole = finetune(args, "whole", flags)
-    checkpoint = args.out / "whole" / f"checkpoint-{middle}"
-    resumed = finetune(args, "resumed", [*flags, "--resume_from_checkpoint", checkpoint])
+    resumed = whole
+    if args.resume:
+        checkpoint = args.out / "whole" / f"checkpoint-{middle}"
+        resumed = finetune(args, "resumed", [*flags, "--resume_from_checkpoint", checkpoint])
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(
         f"{args.processes} x {name}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}; {args.recipe}, {args.layers} layers, {args.tokens} tokens"
+        f"{transformers.__version__}; {args.recipe}, {args.layers} layers, {args.tokens} tokens "
+        f"{' '.join(given)}"
     )
     print(f"{'step':>4s} {'loss':>9s} {'resumed':>9s} {'tokens/s':>9s} {'GiB':>6s}")
     for step, (one, two) in enumerate(zip(whole, resumed, strict=True), start=1):

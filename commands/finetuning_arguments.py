@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from commands.finetuning_flags import refuse_flags
 from commands.finetuning_model import PARTS
+from commands.finetuning_sharding import parallelism_config
 
 USAGE = """\
 finetune.py [SETTINGS.yaml] --model_name_or_path MODEL --data SET... --output_dir DIR [FLAGS]
@@ -165,6 +166,9 @@ class FinetuneArguments(TrainingArguments):
     gate_lr: float | None = field(default=None, metadata={"help": "learning rate of the gates"})
     merger_lr: float | None = field(default=None, metadata={"help": "of the merger"})
     vision_lr: float | None = field(default=None, metadata={"help": "of the vision tower"})
+    sequence_parallel_size: int = field(
+        default=1, metadata={"help": "processes that share out each conversation, with --fsdp"}
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "stop after so many evaluations without a better one"}
     )
@@ -184,6 +188,7 @@ class FinetuneArguments(TrainingArguments):
                 f"{self.n_gpu} GPUs are visible to one process. Start one process each: torchrun "
                 f"--nproc_per_node {self.n_gpu} finetune.py ..., or set CUDA_VISIBLE_DEVICES=0."
             )
+        self.parallelism_config = parallelism_config(self)
 
     def rate(self, part):
         own = {"gates": self.gate_lr, "merger": self.merger_lr, "vision": self.vision_lr}.get(part)

@@ -31,7 +31,7 @@ REFUSED = {
     "torch_compile": COMPILES,
     "torch_compile_backend": COMPILES,
     "torch_compile_mode": COMPILES,
-    "parallelism_config": "sequences are not split over processes: use --fsdp or --deepspeed",
+    "parallelism_config": "--sequence_parallel_size makes the one that this model can use",
 }
 # Flags of which some values are refused.
 VALUES = {

@@ -51,7 +51,8 @@ def summarize(data, eval_data, config, model_args, args, at_most: int | None = M
         f"{statistics.median(tokens):,.0f}, 95 % up to {tokens[int(0.95 * (len(tokens) - 1))]:,}; "
         f"{sum(tokens):,} in all, {vision / sum(tokens):.1%} of them vision, {labels:,} labels"
     )
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    batch *= args.world_size // args.sequence_parallel_size
     steps = len(data) / batch
     steps = max(math.floor(steps), 1) if args.dataloader_drop_last else math.ceil(steps)
     epochs = args.num_train_epochs

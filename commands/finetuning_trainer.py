@@ -1,9 +1,11 @@
 """The Trainer of finetune.py: learning rates by part, the gates in its log, only whole results.
 
-`VideoNSATrainer` overrides public methods of the Trainer alone. What it writes is in
-finetuning_saving.py; what trains, in finetuning_model.py.
+`VideoNSATrainer` overrides public methods of the Trainer, and one private one, with which it keeps
+the library from cutting the batches of --sequence_parallel_size (finetuning_sharding.py). What it
+writes is in finetuning_saving.py; what trains, in finetuning_model.py.
 """
 
+import contextlib
 import functools
 import math
 import time
@@ -15,9 +17,10 @@ from transformers import EarlyStoppingCallback, Trainer
 
 from commands.checkpoint_files import listed_files, upload
 from commands.finetuning_answers import count_exact, sample_questions
-from commands.finetuning_data import DataReport
+from commands.finetuning_data import PIXELS, DataReport
 from commands.finetuning_model import PARTS, part_of
 from commands.finetuning_saving import WholeCheckpoints, complete_folder, prepare_folder
+from commands.finetuning_sharding import check_equal_batches, group_of
 from nsa_rules import BRANCHES
 
 logger = transformers.utils.logging.get_logger("finetune")
@@ -70,6 +73,9 @@ class VideoNSATrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.papers, self.eval_answers = papers, eval_answers
+        self.group = group_of(self.accelerator, self.args.sequence_parallel_size)
+        if self.group is not None:
+            self.base.shard_sequences(self.group)
         self.gates = GateMeter(self.base.model.language_model)
         self.report = DataReport(self.args.output_dir)
         self.seen, self.logs, self.since = Counter(), 0, time.perf_counter()
@@ -89,7 +95,11 @@ class VideoNSATrainer(Trainer):
         optimizer.param_groups[:] = groups
         return optimizer
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def _prepare_context_parallel_inputs(self, model, inputs):
+        """Inputs as they are: the model shares them out itself (transformers 5.17 and 5.24)."""
+        return contextlib.nullcontext, inputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         stats = inputs.pop("stats")
         for note in self.report.add(stats.pop("notes")):
             logger.warning(note)
@@ -97,7 +107,13 @@ class VideoNSATrainer(Trainer):
             self.seen.update(stats)
         if self.label_smoother is not None:  # it compares these with the logits that there are
             inputs["labels"] = inputs["shift_labels"]
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.group is not None and not self.state.global_step:
+            check_equal_batches(inputs, ("input_ids", "labels", *PIXELS), self.group)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.group is not None and num_items_in_batch is not None:
+            # The Trainer takes it for the loss of a part of the batch, and adds up the parts.
+            loss = loss / self.group.size()
+        return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # it was resumed at its end
@@ -134,7 +150,8 @@ class VideoNSATrainer(Trainer):
     def _measurements(self):
         names = ("tokens", "attended", "dense")
         mine = torch.tensor([float(self.seen[name]) for name in names], device=self.args.device)
-        tokens, attended, dense = self.accelerator.reduce(mine.double()).tolist()
+        mine = mine.double() / self.args.sequence_parallel_size  # a group's tokens count once
+        tokens, attended, dense = self.accelerator.reduce(mine).tolist()
         seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
         self.seen.clear()
         gates = self.gates.read(self.accelerator)

@@ -15,16 +15,20 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1] / "tools")]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from videonsa import fused_videonsa  # noqa: E402
 from videonsa.library_videonsa import cache_of  # noqa: E402
 
+from commands.finetuning_data import PIXELS  # noqa: E402
+from commands.finetuning_sharding import check_equal_batches  # noqa: E402
 from tiny import VIDEO, Prompts, make_model  # noqa: E402
 
 SIZES = (2, 3)
+MIXED = (3, ("video", 8, 4, 4), 9, ("image", 2, 2), 4)
 
 
 def exact_norm(x, weight, eps):
@@ -44,10 +48,10 @@ class Models:
     def __init__(self):
         self.shared, self.alone = make_model(dtype=torch.float64), make_model(dtype=torch.float64)
         self.shared.shard_sequences()
-        self.prompts = Prompts()
 
     def batch(self, *rows):
-        batch = self.prompts.batch(*(self.prompts.row(*row) for row in rows))
+        prompts = Prompts()
+        batch = prompts.batch(*(prompts.row(*row) for row in rows))
         return {k: v.double() if k.startswith("pixel") else v for k, v in batch.items()}
 
     def train(self, batch):
@@ -97,9 +101,6 @@ class Models:
 def apart(mine, wanted):
     """The largest difference, relative to the largest number."""
     return float((mine - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
-
-
-MIXED = (3, ("video", 8, 4, 4), 9, ("image", 2, 2), 4)
 
 
 def case_one_video(models):
@@ -243,6 +244,20 @@ def case_different_prompts(models):
             errors[name] = 1.0
         except ValueError as error:
             errors[name] = float("Processes that share out a sequence" not in str(error))
+    return errors
+
+
+def case_different_batches(models):
+    """0 where the check of fine-tuning tells equal batches from those with other pixels."""
+    batch, errors = models.batch(MIXED), {"equal": 0.0, "other pixels": 1.0}
+    names, group = ("input_ids", "labels", *PIXELS), dist.group.WORLD
+    check_equal_batches(batch, names, group)
+    if dist.get_rank() == 1:
+        batch["pixel_values_videos"] = batch["pixel_values_videos"].flip(0)
+    try:
+        check_equal_batches(batch, names, group)
+    except ValueError as error:
+        errors["other pixels"] = float(not str(error).startswith("pixel_values_videos differ"))
     return errors
 
 

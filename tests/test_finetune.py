@@ -4,9 +4,11 @@ import copy
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, TrainingArguments
 
@@ -20,6 +22,7 @@ from commands.finetuning_flags import REFUSED
 from commands.finetuning_model import part_of
 from commands.finetuning_rows import LAYOUTS
 from commands.finetuning_saving import whole_checkpoints
+from commands.finetuning_sharding import group_of
 from commands.finetuning_summary import summarize
 from finetuning import (
     ROW,
@@ -303,16 +306,20 @@ def sharded(**settings):
 
 ALL_PARTS = {"train": "vision,merger,llm,gates", "max_steps": 3, "learning_rate": 1e-4}
 ADAPTERS = {"lora_r": 2, "merge_lora": True, "max_steps": 3, "gradient_checkpointing": True}
+# Both processes have a part of each conversation, and accumulate as one does.
+SHARED = {"sequence_parallel_size": 2, "gradient_accumulation_steps": 2}
 CASES = {
     "replicated": (ALL_PARTS, {"ddp_backend": "gloo"}),
     "sharded": (ALL_PARTS, sharded(activation_checkpointing=True)),
     "sharded adapters": (ADAPTERS, sharded()),
+    "shared": (ALL_PARTS, sharded(activation_checkpointing=True) | SHARED),
+    "shared adapters": (ADAPTERS, sharded() | SHARED),
 }
 
 
 @pytest.fixture(scope="module")
 def two_processes(folder, tmp_path_factory):
-    """The output folder of each case, and a folder resumed from the last one's middle."""
+    """The output folder of each case, and those of adapters resumed from their middle."""
     root, mixed = tmp_path_factory.mktemp("two"), mixed_rows(folder)
     save = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 1}
     score = {"eval_data": mixed, "per_device_eval_batch_size": 1}
@@ -323,8 +330,10 @@ def two_processes(folder, tmp_path_factory):
         )
         for name, (settings, parallel) in CASES.items()
     ]  # fmt: skip
-    resume = {"resume_from_checkpoint": root / "sharded adapters" / "checkpoint-2"}
-    argvs.append(flags(mixed, root / "resumed", **save, **ADAPTERS, **sharded(), **resume))
+    for name in ("sharded adapters", "shared adapters"):
+        resume = {"resume_from_checkpoint": root / name / "checkpoint-2"}
+        out, parallel = root / f"{name} resumed", CASES[name][1]
+        argvs.append(flags(mixed, out, **save, **ADAPTERS, **parallel, **resume))
     done = start(ROOT / "tests" / "finetune_on_cpus.py", [json.dumps(argvs)], processes=2)
     assert done.returncode == 0, done.stderr[-5000:]
     return root
@@ -343,6 +352,11 @@ def test_two_processes_train_as_one_that_accumulates(folder, tmp_path, two_proce
         assert theirs["eval_answers"] == 5
         assert theirs["eval_exact_match"] == pytest.approx(scored["eval_exact_match"])
     assert losses_on_disk(two_processes / name) == pytest.approx(losses(one), rel=1e-4)
+    logs = json.loads((two_processes / name / "trainer_state.json").read_text())["log_history"]
+    for mine, theirs in zip(one.state.log_history[:3], logs[:3], strict=True):
+        for key in ("grad_norm", "keys_attended", "gate_compressed", "gates_by_layer/03_window"):
+            assert (key in mine) == (key in theirs), key
+            assert theirs.get(key, 0) == pytest.approx(mine.get(key, 0), rel=1e-3), key
     before = load_file(ROOT / "model.safetensors")
     mine, theirs = (load_file(f / "model.safetensors") for f in (tmp_path, two_processes / name))
     for key, weight in mine.items():
@@ -358,10 +372,30 @@ def test_two_processes_train_as_one_that_accumulates(folder, tmp_path, two_proce
     ]  # fmt: skip
 
 
-def test_sharded_adapters_resume(two_processes):
-    assert losses_on_disk(two_processes / "resumed") == losses_on_disk(
-        two_processes / "sharded adapters"
-    )
+@pytest.mark.parametrize("name", ["sharded adapters", "shared adapters"])
+def test_sharded_adapters_resume(two_processes, name):
+    resumed = losses_on_disk(two_processes / f"{name} resumed")
+    assert resumed == losses_on_disk(two_processes / name)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({}, "needs weights in shards of FSDP2"),
+        ({"fsdp": True, "fsdp_config": '{"version": 1}'}, "needs weights in shards of FSDP2"),
+        (sharded(), "1 processes run, which are not groups of 2"),
+        (sharded() | {"sequence_parallel_size": 0}, "counts processes, from 1"),
+    ],
+)
+def test_sequences_that_cannot_be_shared_out_are_refused(folder, tmp_path, settings, message):
+    settings = {"sequence_parallel_size": 2} | settings
+    with pytest.raises(ValueError, match=message):
+        finetune.parse(flags(folder / "clips.jsonl", tmp_path, **settings))
+
+
+def test_parallelism_that_accelerate_was_told_of_elsewhere_is_refused():
+    with pytest.raises(ValueError, match="accelerate was configured for {'cp': 2"):
+        group_of(SimpleNamespace(parallelism_config=ParallelismConfig(cp_size=2)), 1)
 
 
 # The command.

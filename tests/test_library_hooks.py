@@ -52,6 +52,8 @@ REPLACED = [
         "5.17",
     ),
     ("transformers.PreTrainedModel._get_dtype_plan", "self dtype", "5.17"),
+    # commands/finetuning_trainer.py
+    ("transformers.Trainer._prepare_context_parallel_inputs", "self model inputs", "5.17"),
 ]
 # Functions and classes that the code calls: name, parameters that it passes.
 CALLED = [

@@ -1,0 +1,182 @@
+"""Times one prompt, and one training step, shared out over GPUs, beside one of them alone.
+
+    torchrun --nproc_per_node 2 benchmarks/several_gpus.py
+    torchrun --nproc_per_node 2 benchmarks/several_gpus.py --sizes 131072 --train_sizes 131072
+
+7B's size, random weights, bfloat16, every GPU with all of the model. Prompts and columns are those
+of benchmarks/prefill.py: prefill until the first token; a training step with LoRA and gates, layers
+checkpointed, a frozen tower, and gradients averaged over the GPUs. Seconds are medians after a
+warm-up, or one run above 128K (training: without a warm-up above 64K); GiB are one GPU's peak. "-"
+stands where one GPU has not enough memory. Behind a prefill: how far its logits are from those of
+one GPU, relative to the largest; as a measure of that, the same of one GPU in chunks of 8K.
+"""
+
+import argparse
+import datetime
+import functools
+import gc
+import os
+import time
+
+import torch
+import torch.distributed as dist
+import transformers
+from prefill import CLASSES, QUESTION, make_inputs, make_model, timed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="*", default=[36864, 131072, 262144])
+    parser.add_argument("--train_sizes", type=int, nargs="*", default=[36864, 131072])
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # as ask.py
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    timeout = datetime.timedelta(minutes=5)
+    dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    say(
+        f"{dist.get_world_size()} x {torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
+    model = make_model(*CLASSES["ours"])
+    for group in (dist.group.WORLD, None):  # compiles
+        prefill(model, same_inputs(model, 32768), group)
+    say(f"{'':8s} {'tokens':>8s} {'GPUs':>5s} {'s':>7s} {'GiB':>6s} {'logits apart':>13s}")
+    for tokens in args.sizes:
+        compare_prefill(model, tokens, args.repeats if tokens <= 131072 else 1)
+    trained = add_adapters(model)
+    for tokens in args.train_sizes:
+        compare_training(model, trained, tokens, 2 if tokens <= 65536 else 1)
+    dist.destroy_process_group()
+
+
+def say(line):
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+def report(what, tokens, group, seconds, gib, rest=""):
+    say(f"{what:8s} {tokens:8d} {group.size() if group else 1:5d} {seconds:7.2f} {gib:6.1f} {rest}")
+
+
+def share(model, group):
+    """Share out over a group from here on, or over none."""
+    inner = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
+    inner.language_model.nsa_group = inner.visual.nsa_group = group
+
+
+def alone_and_shared():
+    """Yields None, while the first process alone has work to do, then the group of all."""
+    if dist.get_rank() == 0:
+        yield None
+    dist.barrier()
+    yield dist.group.WORLD
+
+
+def same_inputs(model, tokens):
+    torch.manual_seed(0)
+    return make_inputs(model, tokens)
+
+
+def prefill(model, inputs, group, **options):
+    """(seconds to the first token, the logits [vocabulary] that it was chosen by)."""
+    share(model, group)
+    if group is not None:
+        dist.barrier()
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs,
+        max_new_tokens=1,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    logits = output.logits[0][0].float()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, logits
+
+
+def compare_prefill(model, tokens, repeats):
+    wanted = None
+    for group in alone_and_shared():
+        inputs, rest = same_inputs(model, tokens), ""
+        try:
+            if group is None and tokens <= 131072:
+                chunked = prefill(model, inputs, None, prefill_chunk_size=8192)[1]
+            torch.cuda.reset_peak_memory_stats()
+            runs = [prefill(model, inputs, group) for _ in range(repeats + 1)][1:]
+        except torch.OutOfMemoryError:
+            if group is not None:
+                raise
+            say(f"prefill  {tokens:8d}     1       -")
+            continue
+        if group is None:
+            wanted = runs[0][1]
+            rest = f"{apart(chunked, wanted):13.4f} in chunks of 8K" if tokens <= 131072 else ""
+        elif wanted is not None:
+            rest = f"{apart(runs[0][1], wanted):13.4f}"
+        gib = torch.cuda.max_memory_allocated() / 2**30
+        seconds = sorted(time for time, _ in runs)[repeats // 2]
+        report("prefill", tokens, group, seconds, gib, rest)
+        del inputs, runs
+        empty()
+
+
+def apart(logits, wanted):
+    return ((logits - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def add_adapters(model):
+    import peft
+
+    options = {"r": 64, "target_modules": "model.language_model.*(q|k|v|o)_proj"}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+    for name, parameter in adapted.named_parameters():
+        if "g_proj" in name:
+            parameter.requires_grad_()
+    adapted.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    model.model.visual.eval()
+    return adapted
+
+
+def compare_training(model, trained, tokens, repeats):
+    for group in alone_and_shared():
+        share(model, group)
+        call = same_inputs(model, tokens)
+        labels = torch.full_like(call["input_ids"], -100)
+        labels[:, -QUESTION + 4 :] = 9
+        shifted = labels.roll(-1, 1)
+        shifted[:, -1] = -100
+        keep = (shifted[0] != -100).nonzero()[:, 0]
+        call |= {"labels": labels, "shift_labels": shifted[:, keep], "logits_to_keep": keep}
+        try:
+            times = timed(functools.partial(step, trained, call, group), repeats)
+            report("training", tokens, group, *times)
+        except torch.OutOfMemoryError:
+            if group is not None:
+                raise
+            say(f"training {tokens:8d}     1       -")
+        trained.zero_grad(set_to_none=True)
+        del call
+        empty()
+
+
+def step(model, call, group):
+    model(**call, use_cache=False).loss.backward()
+    if group is not None:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad, dist.ReduceOp.AVG, group=group)
+
+
+def empty():
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
