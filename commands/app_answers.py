@@ -13,11 +13,8 @@ from dataclasses import dataclass
 
 import gradio as gr
 import psutil
-from PIL import Image
 
-from commands.attention_frames import SeenPixels
-from commands.attention_layout import locate_vision
-from commands.attention_record import AttentionRecord, AttentionWatch
+from commands.attention_view import View, WatchedConversation
 from commands.conversation import Conversation, media_part
 from commands.forecast import forecast
 from commands.model_loading import PreparedModel
@@ -35,41 +32,13 @@ class Stopped(Exception):
 class Answer:
     """An answer and how it came about.
 
-    text: the answer.  words: the text of each of its tokens, without the end's.
     taken: lines about the video, the tokens and the memory.
-    record: what was attended to; None where `unrecorded` says why there is none.
-    pictures: a small one of each temporal step of all videos.
+    view: what was attended to; None where that cannot be recorded.
     """
 
     text: str
-    words: list[str]
     taken: list[str]
-    record: AttentionRecord | None
-    pictures: list[Image.Image]
-    unrecorded: str = ""
-
-
-class WatchedConversation(Conversation):
-    """A conversation whose answers come with what was attended to and small pictures of it."""
-
-    record, pictures, unrecorded = None, (), ""
-
-    def generate(self, inputs):
-        seen = SeenPixels(
-            inputs["pixel_values_videos"], inputs["video_grid_thw"], self.processor.video_processor
-        )
-        inputs["pixel_values_videos"] = seen
-        try:
-            watch = AttentionWatch(self.model, locate_vision(self.model.config, inputs))
-        except ValueError as error:  # other semantics: answered all the same
-            self.unrecorded = str(error)
-            output = super().generate(inputs)
-        else:
-            with watch:
-                output = super().generate(inputs)
-            self.record = None if output is None else watch.record()
-        self.pictures = seen.pictures
-        return output
+    view: View | None
 
 
 class Answerer:
@@ -79,12 +48,15 @@ class Answerer:
     max_tokens: vision tokens that are taken of a video at most; never more than fit.
     on_gpu: what decorates a function that needs the GPU, as `spaces.GPU` does.
 
+    is_recorded: whether what is attended to can be recorded, which takes the paper's semantics.
+
     Raises ValueError where not even a short video fits.
     """
 
     def __init__(self, prepared: PreparedModel, processor, max_tokens=None, on_gpu=None):
         self.processor, self.forecast_memory = processor, prepared.forecast_memory
         self.max_position_embeddings = prepared.config.text_config.max_position_embeddings
+        self.is_recorded = prepared.config.text_config.nsa_semantics == "paper"
         fitting = most_tokens(prepared)
         self.max_tokens = fitting if max_tokens is None else min(fitting, max_tokens)
         self.model = prepared.load()
@@ -148,31 +120,21 @@ class Answerer:
             lines.append(line)
             tell("taken", line)
 
-        record = conversation.ask(files, question, report)
-        tokenizer = self.processor.tokenizer
-        tokens = conversation.sequence[0, record["prompt_tokens"] :].tolist()
-        while tokens and tokens[-1] in tokenizer.all_special_ids:
-            tokens.pop()
-        return Answer(
-            text=record["answer"],
-            words=[tokenizer.decode([token]) for token in tokens],
-            taken=lines,
-            record=conversation.record,
-            pictures=conversation.pictures,
-            unrecorded=conversation.unrecorded,
-        )
+        if self.is_recorded:
+            view = conversation.view(files, question, report)
+            return Answer(view.answer, lines, view)
+        return Answer(conversation.ask(files, question, report)["answer"], lines, None)
 
     def _conversation(self, max_tokens):
-        conversation = WatchedConversation(
+        kind = WatchedConversation if self.is_recorded else Conversation
+        return kind(
             self.processor,
-            None,
+            lambda: self.model,
             self.forecast_memory,
             max_position_embeddings=self.max_position_embeddings,
             max_tokens=max_tokens,
             max_new_tokens=NEW_TOKENS,
         )
-        conversation.model = self.model
-        return conversation
 
 
 def files_of(turns):

@@ -2,8 +2,8 @@
 
     python -m commands.app_examples      # asks the root checkpoint again and stores what it answers
 
-A result is a folder of examples/space/results: attention.npz and attention.json as
-`AttentionRecord.save` writes them, and answer.json. Pictures are made of the clip again.
+A result is a folder of examples/space/results: what `View.save` writes, and taken.json. Pictures
+are made of the clip again.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from commands.app_answers import Answer, Answerer
 from commands.attention_frames import SeenPixels
 from commands.attention_record import AttentionRecord
+from commands.attention_view import View
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "examples/space/results"
@@ -40,21 +41,25 @@ def store(answerer: Answerer) -> None:
     for example in EXAMPLES:
         told = answerer.answer([], str(example.clip), example.question, answerer.max_tokens)
         ((_, answer),) = (one for one in told if one[0] == "answer")
-        answer.record.save(RESULTS / example.name)
-        kept = {"text": answer.text, "words": answer.words, "taken": answer.taken}
-        path = RESULTS / example.name / "answer.json"
-        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        answer.view.save(RESULTS / example.name)
+        text = json.dumps(answer.taken, indent=1) + "\n"
+        (RESULTS / example.name / "taken.json").write_text(text, encoding="utf-8")
 
 
 def load(example: Example, processor) -> Answer:
     """The stored result of an example."""
     folder = RESULTS / example.name
-    kept = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+    taken, kept = (
+        json.loads((folder / name).read_text(encoding="utf-8"))
+        for name in ("taken.json", "answer.json")
+    )
     videos = processor.video_processor(videos=[str(example.clip)], return_tensors="pt")
     pixels, grid = videos["pixel_values_videos"], videos["video_grid_thw"]
     seen = SeenPixels(pixels, grid, processor.video_processor)
     seen[:]
-    return Answer(**kept, record=AttentionRecord.load(folder), pictures=seen.pictures)
+    del kept["verdict"]  # follows from the rest
+    view = View(**kept, record=AttentionRecord.load(folder), pictures=seen.pictures)
+    return Answer(view.answer, taken, view)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
   const player = () => document.querySelector("#player video");
   const setMoment = (seconds) => {
     const slider = document.querySelector("#second input[type=range]");
-    if (!slider) return;
-    const step = Number(slider.step) || 1;
-    const value = Math.min(Math.floor(seconds / step + 1e-6) * step, Number(slider.max));
-    if (Math.abs(Number(slider.value) - value) < step / 2) return;
+    const strip = document.querySelector(".strip");
+    if (!slider || !strip) return;
+    const begins = JSON.parse(strip.dataset.begins).filter((begin) => begin <= seconds + 0.005);
+    const value = begins.length ? begins[begins.length - 1] : 0;
+    if (Math.abs(Number(slider.value) - value) < 0.005) return;
     slider.value = value;
     slider.dispatchEvent(new Event("input", { bubbles: true }));
   };

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 
 import gradio as gr
 
-from commands.app_answers import Answer, Answerer, as_message
-from commands.app_strip import Moments, film_strip, summary
+from commands.app_answers import Answerer, as_message
+from commands.app_strip import Strip, film_strip, summary
+from commands.attention_page import page_of, pictures
+from commands.attention_view import View
 
 MOST_LETTERS = 500  # of a question
 UPLOAD_MB = 256  # of a video that is uploaded, at most
@@ -29,6 +31,10 @@ TOY = """
 This is the toy checkpoint: it knows coloured shapes, and nothing else.
 """
 HINT = "<p class='hint'>Ask a question, and see here which moments the answer was read from.</p>"
+UNRECORDED = (
+    "<p class='hint'>What is attended to can be recorded under the paper's semantics only "
+    "(nsa_semantics='paper').</p>"
+)
 LEGEND = (
     "<p class='hint'><i class='key read'></i>where the answer was read "
     "<i class='key asking'></i>the chosen moment: of what came before, it looks back at all that "
@@ -41,12 +47,12 @@ class Session:
     """One visitor's conversation.
 
     turns: (files, question, answer) of each question.  video: the one that was asked about last.
-    answer: what the film strip shows.
+    view: what the film strip shows.
     """
 
     turns: list = field(default_factory=list)
     video: str | None = None
-    answer: Answer | None = None
+    view: View | None = None
 
 
 class Page:
@@ -143,12 +149,14 @@ class Page:
                 elem_id="second",
             )  # fmt: skip
             self.layer = gr.Slider(
-                0, layers, 0, step=1, label="Layer", info="0: all", elem_id="layer"
+                -1, layers - 1, -1, step=1, label="Layer", info="-1: all", elem_id="layer"
             )
             self.group = gr.Slider(
-                0, groups, 0, step=1, label="Head group", info="0: all; of what looks back",
+                -1, groups - 1, -1, step=1, label="Head group", info="-1: all; of what looks back",
                 elem_id="group",
             )  # fmt: skip
+        self.draw = gr.Button("Draw gates, heads and the whole timeline", size="sm", elem_id="draw")
+        self.report = gr.HTML("", elem_id="report")
 
     def connect(self):
         private = {"api_visibility": "private"}
@@ -171,6 +179,7 @@ class Page:
             show_progress="hidden",
             **private,
         )
+        self.draw.click(self.on_draw, self.session, self.report, **private)
         chosen = [self.session, self.word, self.layer, self.group, self.second]
         gr.on(
             [self.word.input, self.layer.change, self.group.change, self.second.change],
@@ -187,7 +196,8 @@ class Page:
             self.blocks.load(lambda: self.on_example(0), None, outputs, **at_once)
 
     def views(self):
-        return [self.summary, self.strip, self.word, self.second, self.layer, self.group]
+        sliders = [self.word, self.second, self.layer, self.group]
+        return [self.summary, self.strip, *sliders, self.report]
 
     # Handlers.
 
@@ -227,13 +237,13 @@ class Page:
             }
             raise
         turn = ([] if known else [video], question, value.text)
-        session = Session([*turns, turn], video, value)
+        session = Session([*turns, turn], video, value.view)
         yield {
             self.session: session,
             self.chat: chat_of(session.turns),
             self.taken: "\n".join(value.taken),
             self.question: "",
-            **self.show(value),
+            **self.show(value.view, UNRECORDED),
         }
 
     def on_stop(self, session):
@@ -261,7 +271,7 @@ class Page:
     def on_example(self, index):
         """The stored answer to an example's question."""
         example, answer = self.examples[index]
-        session = Session([([str(example.clip)], example.question, answer.text)], None, answer)
+        session = Session([([str(example.clip)], example.question, answer.text)], None, answer.view)
         session.video = str(example.clip)
         return {
             self.video: str(example.clip),
@@ -269,36 +279,40 @@ class Page:
             self.chat: chat_of(session.turns),
             self.taken: "\n".join(answer.taken),
             self.question: example.question,
-            **self.show(answer),
+            **self.show(answer.view),
         }
 
     def on_choice(self, session, word, layer, group, second):
-        answer = session.answer
-        if answer is None or answer.record is None:
+        if session.view is None:
             return gr.skip(), gr.skip()
-        # The first choice of each is all of them.
-        word, layer, group = (int(one) - 1 if one else None for one in (word, layer, group))
+        word, layer, group = (None if one < 0 else int(one) for one in (word, layer, group))
         return (
-            summary(answer, word, layer),
-            film_strip(answer, word, layer, group, second) + LEGEND,
+            summary(session.view, word, layer),
+            film_strip(session.view, word, layer, group, second) + LEGEND,
         )
 
-    def show(self, answer):
-        """The views of an answer, as they are at first; of none, empty."""
-        if answer is None or answer.record is None:
-            hint = HINT if answer is None else f"<p class='hint'>{answer.unrecorded}</p>"
-            return {self.summary: hint, self.strip: "", self.word: gr.Radio([])}
-        moments = Moments(answer)
-        last = float(moments.begin[-1])
-        words = [(word.strip(), number) for number, word in enumerate(answer.words, start=1)]
+    def on_draw(self, session):
+        """The page that visualize.py writes."""
+        if session.view is None:
+            raise as_message(ValueError("there is nothing to draw: ask a question first"))
+        page = html.escape(page_of(session.view, pictures(session.view)))
+        return f'<iframe sandbox title="Report" srcdoc="{page}"></iframe>'
+
+    def show(self, view, hint=HINT):
+        """The film strip and its sliders as they are at first; empty, with a hint, without one."""
+        if view is None:
+            return {self.summary: hint, self.strip: "", self.word: gr.Radio([]), self.report: ""}
+        last = float(Strip(view).begin[-1])
+        words = [(word.strip(), number) for number, word in enumerate(view.words)]
         words = [word for word in words if any(letter.isalnum() for letter in word[0])]
         return {
-            self.summary: summary(answer, None, None),
-            self.strip: film_strip(answer, None, None, None, last) + LEGEND,
-            self.word: gr.Radio([("all", 0), *(words if len(words) > 1 else [])], value=0),
-            self.second: gr.Slider(maximum=last, value=last, step=moments.length),
-            self.layer: 0,
-            self.group: 0,
+            self.summary: summary(view, None, None),
+            self.strip: film_strip(view, None, None, None, last) + LEGEND,
+            self.word: gr.Radio([("all", -1), *(words if len(words) > 1 else [])], value=-1),
+            self.second: gr.Slider(maximum=round(last, 2), value=round(last, 2), step=0.01),
+            self.layer: -1,
+            self.group: -1,
+            self.report: "",
         }
 
 

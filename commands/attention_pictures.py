@@ -212,18 +212,7 @@ def lit_pictures(
 ) -> list[np.ndarray]:
     """The pictures of all steps, uint8 [height, width, 3], with the patches lit that lie in blocks
     which the token of bin `place` selected, in this layer and key/value head or in all of them."""
-    record = view.record
-    blocks = record.chosen_blocks[:, :, place]
-    blocks = blocks if layer is None else blocks[layer : layer + 1]
-    blocks = blocks if group is None else blocks[:, group : group + 1]
-    choices = blocks.reshape(-1, blocks.shape[-1])
-    size, before = record.settings["block_size"], int(record.chosen_tokens[place]) + 1
-    shares = [np.zeros((h, w)) for h, w in zip(*_sides(record.layout), strict=True)]
-    for block, count in zip(*np.unique(choices[choices >= 0], return_counts=True), strict=True):
-        for share, inside in zip(
-            shares, record.layout.patches([block], size, before=before), strict=True
-        ):
-            share += inside * (count / len(choices))
+    shares = view.record.selected_patches(place, layer, group)
     return [light(x, share) for x, share in zip(view.pictures, shares, strict=True)]
 
 
@@ -233,10 +222,6 @@ def light(picture: Image.Image, share: np.ndarray) -> np.ndarray:
     cover = COVER * np.asarray(mask)[..., None]
     pixels = np.asarray(picture) * (1 - cover) + LIT * cover
     return pixels.round().astype(np.uint8)
-
-
-def _sides(layout):
-    return layout.height, layout.width
 
 
 def draw_gates(view: View) -> Figure:

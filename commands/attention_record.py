@@ -101,6 +101,25 @@ class AttentionRecord:
         """float32 [Y, answer tokens, steps + 1]: what each token of the answer was read from."""
         return self.text_attention[:, max(self.num_question_rows - 1, 0) :]
 
+    def selected_patches(
+        self, place: int, layer: int | None = None, group: int | None = None
+    ) -> list[np.ndarray]:
+        """What the token of bin `place` selected: for each step float64 [height, width], the share
+        of layers and key/value heads that selected a token's block, up to that token itself.
+
+        layer, group: the numbers of one layer and one key/value head; all of them for None.
+        """
+        layout, blocks = self.layout, self.chosen_blocks[:, :, place]
+        blocks = blocks if layer is None else blocks[layer : layer + 1]
+        blocks = blocks if group is None else blocks[:, group : group + 1]
+        size, end = self.settings["block_size"], self.chosen_tokens[place] + 1
+        counts = np.bincount(blocks[blocks >= 0], minlength=-(-len(layout.packed) // size))
+        shares = np.zeros(layout.length)
+        choices = blocks.shape[0] * blocks.shape[1]
+        shares[layout.packed[:end]] = np.repeat(counts / choices, size)[:end]
+        steps = zip(layout.first_token, layout.height, layout.width, strict=True)
+        return [shares[first : first + h * w].reshape(h, w) for first, h, w in steps]
+
     def keys_read(self) -> dict:
         """Keys that a vision query reads in each branch, on average, measured; and if dense.
 

@@ -88,7 +88,8 @@ class View:
 
 
 class WatchedConversation(Conversation):
-    """A conversation of one question, answered while it is recorded what is attended to.
+    """A conversation of one question, answered while it is recorded what is attended to; turns of
+    before (`earlier`) are read again with it.
 
     sinks: as for `AttentionWatch`.
     """
@@ -100,6 +101,8 @@ class WatchedConversation(Conversation):
 
         Raises ValueError where nothing can be recorded, besides what `ask` raises.
         """
+        names = [Path(file).name for turn in self.earlier for file in turn[0]]
+        names += [Path(file).name for file in files]
         self.ask(files, question, report)
         record, tokenizer = self.watch.record(), self.processor.tokenizer
         tokens = self.sequence[0, record.layout.length :].tolist()
@@ -114,7 +117,7 @@ class WatchedConversation(Conversation):
             question_words=[
                 "" if token in control else tokenizer.decode([token]) for token in asked
             ],
-            media=[Path(file).name for file in files],
+            media=names,
             record=record,
             pictures=self.pictures(record.layout),
         )

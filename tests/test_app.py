@@ -80,32 +80,33 @@ def answer_of(answerer, *arguments):
 def test_stored_results_are_what_the_checkpoint_answers(answerer, stored):
     for example, kept in stored:
         answer, told = answer_of(answerer, [], str(example.clip), example.question, 10**6)
-        assert (answer.text, answer.words, answer.taken) == (kept.text, kept.words, kept.taken)
+        assert (answer.text, answer.taken) == (kept.text, kept.taken)
+        view, other = answer.view, kept.view
+        for name in ("question", "answer", "words", "question_words", "media"):
+            assert getattr(view, name) == getattr(other, name)
         assert "".join(text for kind, text in told if kind == "text").strip() == kept.text
         assert [line for kind, line in told if kind == "taken"] == kept.taken
         for name in ("chosen_blocks", "selections", "chosen_tokens"):
-            np.testing.assert_array_equal(
-                getattr(answer.record, name), getattr(kept.record, name), err_msg=name
-            )
-        np.testing.assert_allclose(
-            answer.record.text_attention, kept.record.text_attention, atol=1e-4
-        )
-        assert all(map(np.array_equal, answer.pictures, kept.pictures))
+            np.testing.assert_array_equal(getattr(view.record, name), getattr(other.record, name))
+        found = view.record.text_attention
+        np.testing.assert_allclose(found, other.record.text_attention, atol=1e-4)
+        assert all(map(np.array_equal, view.pictures, other.pictures))
 
 
 def test_an_example_says_from_which_second_it_was_answered(stored):
     """The last shape, an orange cross, is seen last."""
     (example, answer), *_ = stored
     assert (example.question, answer.text) == (LAST, "orange")
-    text = app_strip.summary(answer, None, None)
-    assert "“orange”</b> was read mostly at <b>7 to 8 s</b>" in text
+    assert "“orange”</b> was read most at <b>7 to 8 s</b>" in app_strip.summary(
+        answer.view, None, None
+    )
 
 
 def test_pictures_are_what_the_model_saw(answerer, folder):
     """Of five seconds at two frames a second, the frames 0, 10, 20, ... begin a step."""
     answer, _ = answer_of(answerer, [], str(folder / "five.mp4"), "What is shown?", 10**6)
-    assert len(answer.pictures) == 5
-    for number, picture in enumerate(answer.pictures):
+    assert len(answer.view.pictures) == 5
+    for number, picture in enumerate(answer.view.pictures):
         frame = Image.fromarray(clips.frame_image(10 * number, 56, 84)).resize((140, 84))
         difference = np.abs(np.asarray(picture, float) - np.asarray(frame, float))
         assert picture.size == (140, 84) and np.median(difference) < 12, number
@@ -115,12 +116,14 @@ def test_further_questions_read_the_whole_conversation_again(answerer, folder):
     first, _ = answer_of(answerer, [], SHAPES, LAST, 10**6)
     turns = [([SHAPES], LAST, first.text)]
     second, _ = answer_of(answerer, turns, None, "And now?", 10**6)
-    assert second.record.layout.num_steps == 8 and len(second.pictures) == 8
+    assert second.view.record.layout.num_steps == 8 and len(second.view.pictures) == 8
     assert second.taken[0] == first.taken[0]
     third, _ = answer_of(answerer, turns, str(folder / "five.mp4"), "And here?", 10**6)
-    assert third.record.layout.num_steps == 8 + 5
+    assert third.view.record.layout.num_steps == 8 + 5
+    assert third.view.media == ["shapes.mp4", "five.mp4"]
     assert [line.partition(":")[0] for line in third.taken[:2]] == ["shapes.mp4", "five.mp4"]
-    assert len(app_strip.Moments(third).steps) == 5
+    strip = app_strip.Strip(third.view)
+    assert len(strip.steps) == 5 and strip.reads(None, None).sum() < 0.99
 
 
 def test_stopping_ends_the_answer_and_leaves_nothing_running(answerer, monkeypatch):
@@ -147,15 +150,15 @@ def test_what_the_gpu_part_takes_and_gives_can_be_pickled(prepared, processor):
 
     answerer = Answerer(prepared, processor, on_gpu=on_gpu)
     answer, _ = answer_of(answerer, [([SHAPES], LAST, "orange")], None, "And now?", 10**6)
-    assert "moment" in app_strip.film_strip(answer, None, None, None, 3.0)
+    assert "moment" in app_strip.film_strip(answer.view, None, None, None, 3.0)
 
 
 def test_under_other_semantics_it_answers_without_a_record(processor, page):
     prepared = prepare_model(str(ROOT), "cpu")
     prepared.config.text_config.nsa_semantics = "released"
     answer, _ = answer_of(Answerer(prepared, processor), [], SHAPES, LAST, 10**6)
-    assert answer.text and answer.record is None
-    assert "nsa_semantics is 'released'" in page.show(answer)[page.summary]
+    assert answer.text and answer.view is None
+    assert "the paper's semantics only" in page.show(None, app_page.UNRECORDED)[page.summary]
 
 
 # Limits.
@@ -253,56 +256,67 @@ def test_a_file_that_is_no_video_is_said_to_be_none(page, folder):
 # The film strip.
 
 
-def test_exactly_the_selected_patches_are_not_faded(stored):
-    """Blocks 0 and 2 of 16 tokens are the first and the third step of 4 x 4."""
-    answer = pickle.loads(pickle.dumps(stored[0][1]))
-    answer.record.chosen_blocks[:] = [0, 2, -1, -1]
-    moments = app_strip.Moments(answer)
-    query = answer.record.chosen_tokens[2]
-    assert query == 2 * 16 + 7
-    grids = moments.selected(2, 1, 0)
-    assert [grid.sum() for grid in grids] == [16, 0, 8, 0, 0, 0, 0, 0]
-    lit = answer.record.layout.patches([0, 2], 16, before=query + 1)
-    assert all(map(np.array_equal, grids, lit))
-    before = np.asarray(answer.pictures[2], float)
-    after = np.asarray(app_strip.light(answer.pictures[2], grids[2]), float)
+@pytest.fixture
+def view(stored):
+    """A copy of the first example's, to be changed: 8 steps of 4 x 4 tokens in blocks of 16."""
+    return pickle.loads(pickle.dumps(stored[0][1].view))
+
+
+def test_exactly_the_selected_patches_are_not_faded(view):
+    """Blocks 0 and 2 are the first and the third step; the third asks, from its middle."""
+    view.record.chosen_blocks[:] = [0, 2, -1, -1]
+    selected = app_strip.Strip(view).selected(2, 1, 0)
+    assert [share.sum() for share in selected] == [16, 0, 8, 0, 0, 0, 0, 0]
+    lit = view.record.layout.patches([0, 2], 16, before=2 * 16 + 8)
+    assert all(map(np.array_equal, selected, lit))
+    before = np.asarray(view.pictures[2], float)
+    after = np.asarray(app_strip.fade(view.pictures[2], selected[2]), float)
     assert np.array_equal(after[:56], before[:56])
     np.testing.assert_allclose(after[56:], before[56:] * 0.25 + 255 * 0.75, atol=0.51)
 
-    answer.record.chosen_blocks[0, 0, 2] = [1, -1, -1, -1]  # one of the 4 x 2 layers and groups
-    grids = moments.selected(2, None, None)
-    assert [grid.sum() for grid in grids] == [14, 2, 7, 0, 0, 0, 0, 0]
+    view.record.chosen_blocks[0, 0, 2] = [1, -1, -1, -1]  # one of the 4 x 2 layers and groups
+    selected = app_strip.Strip(view).selected(2, None, None)
+    assert [share.sum() for share in selected] == [14, 2, 7, 0, 0, 0, 0, 0]
+    view.record.selections[:] = 0  # as with dense attention
+    assert all(share.all() for share in app_strip.Strip(view).selected(2, None, None))
 
 
 def test_bars_add_up_and_follow_word_and_layer(stored):
-    order = stored[1][1]
-    moments = app_strip.Moments(order)
+    order = stored[1][1].view
+    strip = app_strip.Strip(order)
     for word, layer in ((None, None), (2, None), (2, 1)):
-        reads = moments.reads(word, layer)
+        reads = strip.reads(word, layer)
         np.testing.assert_allclose(reads.sum(), 1)
     kept = order.record.answer_reads()[1, 2, :8]
     np.testing.assert_allclose(reads, kept / kept.sum(), rtol=1e-5)
+    assert "No moment stands out" in app_strip.summary(order, None, None)
 
 
-def test_a_long_video_has_as_many_columns_as_fit(stored):
-    answer = pickle.loads(pickle.dumps(stored[0][1]))
-    steps = 8
-    html = app_strip.film_strip(answer, None, None, None, 7.0)
-    assert html.count("<button") == steps and html.count("moment asking") == 1
-    app_strip_columns, app_strip.COLUMNS = app_strip.COLUMNS, 3
-    try:
-        html = app_strip.film_strip(answer, None, None, None, 7.0)
-    finally:
-        app_strip.COLUMNS = app_strip_columns
+def test_a_long_video_has_as_many_columns_as_fit(view, monkeypatch):
+    html = app_strip.film_strip(view, None, None, None, 7.0)
+    assert html.count("<button") == 8 and html.count("moment asking") == 1
+    monkeypatch.setattr(app_strip, "COLUMNS", 3)
+    html = app_strip.film_strip(view, None, None, None, 4.0)
     assert html.count("<button") == 3
-    assert 'data-from="6.000" title="6 to 8 s: ' in html
+    assert 'class="moment asking" data-from="3.000" title="3 to 6 s: ' in html
 
 
-def test_what_a_visitor_or_a_model_writes_is_no_html(stored):
-    answer = pickle.loads(pickle.dumps(stored[0][1]))
-    answer.text, answer.words = "<script>", ["<script>"]
+def test_moments_are_found_by_seconds_as_the_slider_rounds_them(view):
+    view.record.layout.seconds[:, 0] = [0, 2.8125, 5.625, 8.4375, 11.25, 14.0625, 16.875, 19.6875]
+    strip = app_strip.Strip(view)
+    for place, begin in enumerate(strip.begin):
+        assert strip.at(round(begin, 2)) == strip.at(begin + 1) == place
+    assert strip.at(-1) == 0 and strip.at(100) == 7
+    times = [(2.81, "2.8 s"), (59.94, "59.9 s"), (67, "01:07"), (3607.4, "1:00:07")]
+    assert [app_strip.clock(second) for second, _ in times] == [text for _, text in times]
+    assert app_strip.span(3, 4) == "3 to 4 s" and app_strip.span(50, 70) == "50 s to 01:10"
+
+
+def test_what_a_visitor_or_a_model_writes_is_no_html(view, page):
+    view.answer, view.words, view.question = "<script>", ["<script>"], "<script>"
     for word in (None, 0):
-        assert "<script>" not in app_strip.summary(answer, word, None)
+        assert "<script>" not in app_strip.summary(view, word, None)
+    assert "<script>" not in page.on_draw(Session(view=view))
 
 
 # What the server gives away.
@@ -423,13 +437,13 @@ def test_the_page_as_a_person_uses_it(server, chromium, folder):
     tab.on("request", lambda sent: outside.append(sent.url))
     tab.goto(server.address)
     summary, moments = tab.locator("#summary"), tab.locator(".strip .moment")
-    expect(summary).to_contain_text("“orange” was read mostly at 7 to 8 s", timeout=60_000)
+    expect(summary).to_contain_text("“orange” was read most at 7 to 8 s", timeout=60_000)
     expect(moments).to_have_count(8)
 
     tab.locator("#examples").get_by_text("In which order do the colours appear?").click()
-    expect(summary).to_contain_text("“green, blue, orange”")
+    expect(summary).to_contain_text("No moment stands out: “green, blue, orange”")
     tab.locator("#word").get_by_text("blue").click()
-    expect(summary).to_contain_text("“blue” was read mostly at 3 to 4 s")
+    expect(summary).to_contain_text("“blue” was read most at 3 to 4 s")
 
     bars = tab.locator("#strip").inner_text()
     tab.locator("#layer input[type=number]").fill("2")
@@ -446,7 +460,7 @@ def test_the_page_as_a_person_uses_it(server, chromium, folder):
     tab.locator("#question").locator("input, textarea").fill("What colour is the first shape?")
     tab.locator("#ask").click()
     expect(tab.locator("#chat")).to_contain_text("green", timeout=60_000)
-    expect(summary).to_contain_text("“green” was read mostly at 0 to 1 s")
+    expect(summary).to_contain_text("“green” was read most at 0 to 1 s")
 
     tab.locator("#player").get_by_label("Clear").click()
     tab.locator("#player input[type=file]").set_input_files(folder / "five.mp4")
@@ -458,6 +472,10 @@ def test_the_page_as_a_person_uses_it(server, chromium, folder):
     tab.locator("#question").locator("input, textarea").fill("What is shown?")
     tab.locator("#ask").click()
     expect(moments).to_have_count(5, timeout=60_000)
+
+    tab.locator("#draw").click()
+    report = tab.frame_locator("#report iframe")
+    expect(report.get_by_alt_text("timeline1")).to_be_visible(timeout=60_000)
 
     tab.locator("#player").get_by_label("Clear").click()
     tab.locator("#player input[type=file]").set_input_files(folder / "notes.txt")
