@@ -1,14 +1,17 @@
-"""Evaluate VideoNSA on the benchmarks of lmms-eval, and keep a record of exactly what ran.
+"""Evaluate VideoNSA on questions of one's own or on the benchmarks of lmms-eval, with a record.
 
+    python evaluation.py --model out/tuned --data mine.jsonl
     python evaluation.py --model . --tasks clips
     python evaluation.py --model VideoNSA-7B --tasks mlvu_test,videomme --preset mlvu
     accelerate launch --num_processes 8 evaluation.py --model VideoNSA-7B --tasks timescope \\
         --preset timescope --attention dense
     python evaluation.py --compare out/evaluation
 
-Tasks, prompts and scores are lmms-eval's own; every option that is not listed below goes to it
-(--limit, --batch_size, --gen_kwargs, --seed, ...). What is taken of a video comes from --preset, or
-from --model_args: fps, num_frames, max_frames, min_pixels, max_pixels, total_pixels, max_tokens, as
+--data takes the rows that finetune.py takes (docs/training.md), asks their questions and scores
+exact match and, where options are listed, multiple choice. --tasks are lmms-eval's, with its own
+prompts and scores, and need requirements-eval.txt in an environment of its own; every option that
+is not listed below goes to it (--seed, ...). What is taken of a video comes from --preset, or from
+--model_args: fps, num_frames, max_frames, min_pixels, max_pixels, total_pixels, max_tokens, as
 README.md describes them. Other model_args: dtype, device_map, attn_implementation.
 
 Beside each score a manifest says what was evaluated on what, how, and how many vision tokens went
@@ -18,27 +21,16 @@ killed one was; an answer is taken again only if nothing that could change it ha
 """
 
 import argparse
+import ast
 import sys
 from pathlib import Path
 
 from commands import ROOT
-from commands.evaluation_manifest import compare, write_manifests
+from commands.evaluation_manifest import compare
+from commands.evaluation_model import EvaluatedModel
 from commands.evaluation_presets import ALIASES, PRESETS, Preset
+from commands.evaluation_rows import evaluate_rows, read_questions
 from nsa_rules import BRANCHES
-
-try:
-    import lmms_eval.__main__ as harness
-    from lmms_eval.models import MODEL_REGISTRY_V2
-    from lmms_eval.models.registry_v2 import ModelManifest
-    from loguru import logger
-
-    from commands.evaluation_model import VideoNSA
-except ImportError as error:
-    raise ImportError(
-        f"evaluation.py needs lmms-eval, and {error.name} is not installed. In an environment of "
-        "its own (lmms-eval wants av < 16): "
-        "pip install -r requirements-eval.txt -c constraints-eval.txt"
-    ) from error
 
 
 def parse_arguments(argv):
@@ -46,11 +38,21 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="For lmms-eval's options: lmms-eval eval --help",
+        epilog="For the options of --tasks: lmms-eval eval --help",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", metavar="DIR|ID", help="checkpoint")
+    parser.add_argument("--model", metavar="DIR|ID", help="checkpoint, or an adapter")
     parser.add_argument("--revision", help="of a checkpoint on the Hub")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="SET",
+        help="rows as for training: mine.jsonl%%50",
+    )
+    parser.add_argument("--data_root", metavar="DIR", help="where paths of --data's media start")
+    parser.add_argument("--tasks", metavar="NAME,...", help="tasks of lmms-eval")
+    parser.add_argument("--limit", metavar="N", help="questions of each, at most")
+    parser.add_argument("--batch_size", default="1", metavar="N", help="questions at a time")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="frames, pixels and new tokens")
     parser.add_argument("--attention", choices=("sparse", "dense"), default="sparse")
     parser.add_argument(
@@ -69,8 +71,20 @@ def parse_arguments(argv):
     parser.add_argument("--output_path", default="out/evaluation", metavar="DIR")
     parser.add_argument("--compare", nargs="+", metavar="PATH", help="print a table of manifests")
     options, others = parser.parse_known_args(argv)
-    if options.compare is None and options.model is None:
+    if options.compare is not None:
+        return options, others
+    if options.model is None:
         parser.error("give --model, or --compare")
+    if (options.data is None) == (options.tasks is None):
+        parser.error("give --data with questions of your own, or --tasks of lmms-eval")
+    if options.data is not None and others:
+        parser.error(f"{' '.join(others)}: --data knows no such option, only --tasks may")
+    if options.data is None and options.data_root is not None:
+        parser.error("--data_root is of --data; --tasks know where their media are")
+    for name in ("limit", "batch_size") if options.data else ():
+        value = getattr(options, name)
+        if value is not None and not (value.isdecimal() and int(value)):
+            parser.error(f"--{name} is {value!r}; with --data it is a whole number from 1")
     for name in ("model_args", "gen_kwargs"):
         pairs = getattr(options, name)
         if not all("=" in pair for pair in filter(None, pairs.split(","))):
@@ -82,12 +96,12 @@ def parse_arguments(argv):
     return options, others
 
 
-def harness_arguments(options, others):
-    """lmms-eval's arguments, and the record of the preset for the manifest."""
+def read_settings(options):
+    """(arguments of `EvaluatedModel`, of `generate`, record of the preset for the manifest)."""
     preset = PRESETS[options.preset] if options.preset else Preset({})
     settings = {**preset.ours, **preset.released, **preset.paper}
     new_tokens = settings.pop("max_new_tokens", None)
-    yours = dict(pair.split("=", 1) for pair in filter(None, options.model_args.split(",")))
+    yours = read_pairs(options.model_args)
     yours = {ALIASES.get(name, name): value for name, value in yours.items()}
     if "fps" in yours or "max_frames" in yours:  # a rate and a number of frames exclude each other
         settings.pop("num_frames", None)
@@ -104,16 +118,9 @@ def harness_arguments(options, others):
         **settings,
         **yours,
     }
-    generation = f"max_new_tokens={new_tokens}" if new_tokens else ""
-    arguments = [
-        *("--model", "videonsa"),
-        *("--model_args", ",".join(f"{k}={v}" for k, v in model_args.items() if v is not None)),
-        *("--gen_kwargs", ",".join(filter(None, (generation, options.gen_kwargs)))),
-        *("--include_path", options.include_path),
-        *("--output_path", options.output_path),
-        "--log_samples",
-        *others,
-    ]
+    model_args = {name: value for name, value in model_args.items() if value is not None}
+    generation = {"max_new_tokens": new_tokens} if new_tokens else {}
+    generation |= read_pairs(options.gen_kwargs)
     record = {
         "name": options.preset,
         "paper": preset.paper,
@@ -121,7 +128,85 @@ def harness_arguments(options, others):
         "ours": preset.ours,
         "yours": yours,
     }
-    return arguments, record if options.preset or yours else None
+    return model_args, generation, record if options.preset or yours else None
+
+
+def read_pairs(text):
+    """{name: value} of "name=value,...", values as they are written."""
+    return dict(pair.split("=", 1) for pair in filter(None, text.split(",")))
+
+
+def harness_arguments(options, others):
+    """lmms-eval's arguments, and the record of the preset for the manifest."""
+    model_args, generation, record = read_settings(options)
+    limit = ["--limit", options.limit] if options.limit else []
+    arguments = [
+        *("--model", "videonsa"),
+        *("--model_args", ",".join(f"{k}={v}" for k, v in model_args.items())),
+        *("--gen_kwargs", ",".join(f"{k}={v}" for k, v in generation.items())),
+        *("--include_path", options.include_path),
+        *("--output_path", options.output_path),
+        *("--tasks", options.tasks),
+        *("--batch_size", options.batch_size),
+        "--log_samples",
+        *others,
+        *limit,
+    ]
+    return arguments, record
+
+
+def ask_rows(options, argv):
+    """Evaluates --data, prints the scores; returns the exit code."""
+    model_args, generation, preset = read_settings(options)
+    settings = {name: read_value(value) for name, value in model_args.items()}
+    run = {
+        "command": argv,
+        "preset": preset,
+        "generation": {name: read_value(value) for name, value in generation.items()},
+    }
+    limit = int(options.limit) if options.limit else None
+    try:
+        EvaluatedModel.folder = Path(options.output_path) / "answers"
+        for name in options.data:  # what cannot be read is known before the model is loaded
+            read_questions(name, options.data_root, limit)
+        model = EvaluatedModel(**settings | {"batch_size": int(options.batch_size)})
+        results = evaluate_rows(
+            model, options.data, options.output_path, run, options.data_root, limit
+        )
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"evaluation.py: {error}", file=sys.stderr)
+        return 1
+    for name, scores, path in results:
+        print(f"{name}: " + ", ".join(f"{metric} {score:.1%}" for metric, score in scores.items()))
+        print(f"  answers and settings: {path}")
+    return 0
+
+
+def read_value(text):
+    """A number, boolean or None of its text; other text as it is."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def run_tasks(options, others, argv):
+    """Evaluates --tasks through lmms-eval; returns the exit code."""
+    try:
+        from commands import evaluation_harness
+    except ImportError as error:
+        print(
+            f"evaluation.py: --tasks needs lmms-eval, and {error.name} is not installed. In an "
+            "environment of its own (lmms-eval wants av < 16): "
+            "pip install -r requirements-eval.txt -c constraints-eval.txt",
+            file=sys.stderr,
+        )
+        return 1
+    arguments, preset = harness_arguments(options, others)
+    errors = evaluation_harness.run(arguments, Path(options.output_path), argv, preset)
+    for error in errors:
+        print(f"evaluation.py: {error}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 def main(argv=None):
@@ -130,34 +215,9 @@ def main(argv=None):
     if options.compare is not None:
         print(compare(options.compare))
         return 0
-    arguments, preset_record = harness_arguments(options, others)
-    MODEL_REGISTRY_V2.register_manifest(
-        ModelManifest("videonsa", chat_class_path=f"{VideoNSA.__module__}.VideoNSA"), overwrite=True
-    )
-    VideoNSA.folder = Path(options.output_path) / "answers"
-    errors, stock = [], harness.cli_evaluate_single
-
-    def evaluate(args):
-        try:
-            results, samples = stock(args)
-            if results is not None:  # on the first process
-                args.command, args.preset_record = argv, preset_record
-                for path in write_manifests(VideoNSA.loaded, args, results, samples):
-                    logger.info(f"Manifest: {path}")
-        except Exception as error:  # lmms-eval only logs it
-            errors.append(error)
-            raise
-        return results, samples
-
-    given, sys.argv = sys.argv, ["lmms-eval", *arguments]
-    harness.cli_evaluate_single = evaluate
-    try:
-        harness.cli_evaluate()
-    finally:
-        harness.cli_evaluate_single, sys.argv = stock, given
-    for error in errors:
-        print(f"evaluation.py: {error}", file=sys.stderr)
-    return 1 if errors else 0
+    if options.data is not None:
+        return ask_rows(options, argv)
+    return run_tasks(options, others, argv)
 
 
 if __name__ == "__main__":

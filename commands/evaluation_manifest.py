@@ -34,38 +34,55 @@ def write_manifests(model, args, results, samples):
 
     results and samples are what lmms-eval's cli_evaluate_single returns.
     """
-    folder = Path(args.output_path) / results["model_name_sanitized"]
-    date, paths = results["date"].replace(":", "-"), []
+    folder, paths = Path(args.output_path) / results["model_name_sanitized"], []
     for task, logged in samples.items():
         records = {r["doc_id"]: r for r in model.records if r["task"] == task}
-        manifest = {
-            "task": {
-                "name": task,
-                "version": results["versions"].get(task),
-                "config": digest(results["configs"][task]),
-                "settings": results["configs"][task].get("dataset_kwargs"),
-                "documents": results.get("task_hashes", {}).get(task),
-                "dataset": results["configs"][task].get("dataset_path"),
-                "revision": revision_of(model.task_dict[task]),
-            },
+        described = {
+            "name": task,
+            "version": results["versions"].get(task),
+            "config": digest(results["configs"][task]),
+            "settings": results["configs"][task].get("dataset_kwargs"),
+            "documents": results.get("task_hashes", {}).get(task),
+            "dataset": results["configs"][task].get("dataset_path"),
+            "revision": revision_of(model.task_dict[task]),
+        }
+        scores = scores_of(results["results"][task])
+        counted = summarize(logged, records, model.task_dict[task])
+        run = {
             "date": results["date"],
             "command": args.command,
-            "scores": scores_of(results["results"][task]),
-            **summarize(logged, records, model.task_dict[task]),
-            "proof": prove(records.values(), model.attention),
             "preset": args.preset_record,
-            "generation": {
-                "from_checkpoint": model.checkpoint_generation,
-                "by_task": distinct(r["generation"] for r in records.values()),
-            },
-            "fingerprint": model.fingerprint,
-            "settings": {**model.settings, "commit": commit()},
-            "per_sample": [records[doc_id] for doc_id in sorted(records)],
         }
-        path = folder / f"{date}_manifest_{task}.json"
-        path.write_text(json.dumps(manifest, indent=1, default=str) + "\n", encoding="utf-8")
-        paths.append(path)
+        paths.append(write_manifest(folder, model, described, run, scores, counted, records))
     return paths
+
+
+def write_manifest(folder, model, task, run, scores, counted, records) -> Path:
+    """Writes the manifest of one task to `folder`; returns its path.
+
+    task: what was asked.  run: "date", "command" and "preset".  counted: from `summarize`.
+    records: of `EvaluatedModel`, by doc_id.
+    """
+    manifest = {
+        "task": task,
+        "date": run["date"],
+        "command": run["command"],
+        "scores": scores,
+        **counted,
+        "proof": prove(records.values(), model.attention),
+        "preset": run["preset"],
+        "generation": {
+            "from_checkpoint": model.checkpoint_generation,
+            "by_task": distinct(r["generation"] for r in records.values()),
+        },
+        "fingerprint": model.fingerprint,
+        "settings": {**model.settings, "commit": commit()},
+        "per_sample": [records[doc_id] for doc_id in sorted(records)],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{run['date'].replace(':', '-')}_manifest_{task['name']}.json"
+    path.write_text(json.dumps(manifest, indent=1, default=str) + "\n", encoding="utf-8")
+    return path
 
 
 def scores_of(results):

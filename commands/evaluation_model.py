@@ -1,5 +1,9 @@
-"""A VideoNSA checkpoint as a chat model of lmms-eval: asks it, and records how it answered."""
+"""A VideoNSA checkpoint that is evaluated: asks it, and records how it answered.
 
+evaluation_rows.py asks it the questions of a file, evaluation_harness.py those of lmms-eval.
+"""
+
+import json
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -7,10 +11,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from lmms_eval.api.instance import GenerationResult, TokenCounts
-from lmms_eval.api.model import lmms
-from lmms_eval.protocol import ChatMessages
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from commands.checkpoint_files import ADAPTER_CONFIG
@@ -18,7 +18,6 @@ from commands.evaluation_attention import AttentionRecorder, check
 from commands.evaluation_cache import AnswerCache
 from commands.evaluation_manifest import (
     code_digest,
-    describe_medium,
     describe_videos,
     device_name,
     digest,
@@ -26,6 +25,7 @@ from commands.evaluation_manifest import (
     weights_digest,
 )
 from commands.evaluation_presets import ALIASES, LIMITS
+from commands.finetuning_rows import set_videos
 from commands.model_card import find_file
 from commands.questions import collate
 from nsa_released import vision_by_position
@@ -35,18 +35,16 @@ from nsa_rules import BRANCHES
 UNREADABLE = (OSError, ValueError, SystemExit)
 
 
-class VideoNSA(lmms):
-    """A VideoNSA checkpoint as a chat model of lmms-eval.
+class EvaluatedModel:
+    """A checkpoint or adapter with the processor, settings, record and kept answers of a run.
 
     pretrained, revision: folder or Hub id.  attention: "sparse", or "dense" with the same weights.
     branches: those whose gates stay open, joined by "+".  blocks, window, semantics: in place of
     the checkpoint's nsa_num_selected_blocks, nsa_window_size and nsa_semantics.  limits: LIMITS, of
-    every video.
+    every video that does not set its own.
     """
 
-    is_simple = False
     folder = Path("out/evaluation/answers")  # of kept answers; main() sets it
-    loaded = None  # the last one made, which lmms-eval does not hand out
 
     def __init__(
         self,
@@ -62,15 +60,9 @@ class VideoNSA(lmms):
         device_map=None,
         attn_implementation=None,
         batch_size=1,
-        max_batch_size=None,
         **limits,
     ):
-        super().__init__()
         self.accelerator = Accelerator()
-        self._rank, self._world_size = (
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
         self.device = torch.device(device) if device else self.accelerator.device
         self.attention, self.batch_size = attention, int(batch_size)
         self.branches = tuple(branches.split("+"))
@@ -112,7 +104,6 @@ class VideoNSA(lmms):
         self.fingerprint = digest(content)
         self.cache = AnswerCache(type(self).folder / self.fingerprint)
         self.records = []  # of the last call, of all processes
-        type(self).loaded = self
 
     @property
     def _is_released(self):
@@ -156,70 +147,57 @@ class VideoNSA(lmms):
             ),
         }
 
-    def generate_until(self, requests):
-        """One answer per request; from the cache where it has it."""
-        answers, waiting, repeats = [None] * len(requests), [], defaultdict(int)
-        self.records = []
-        for index, request in enumerate(tqdm(requests, disable=self.rank > 0, desc="Answering")):
-            if request.metadata.get("__padding_only__"):  # nobody scores it
-                answers[index] = GenerationResult("")
-                continue
-            sample = self._prepare(request, repeats)
+    def answer_all(self, samples) -> list[dict]:
+        """A record for each of this process's samples; from the cache where it has it.
+
+        samples: dicts with "task", "doc_id", "split"; "messages", or None and the reason as
+        "error"; "files", what tells its media from others; and "generation", as from
+        `generation_settings`. `self.records` are those of all processes.
+        """
+        records, waiting, repeats = {}, [], defaultdict(int)
+        for index, sample in enumerate(samples):
+            self._set_key(sample, repeats)
             if (known := self.cache.get(sample["key"])) is not None:
-                self._answer(answers, index, {**known, "again": True})
+                records[index] = {**known, "again": True}
                 continue
             inputs = self._encode(sample)
             if inputs is None:
                 self.cache.add(sample)
-                self._answer(answers, index, sample)
+                records[index] = _record(sample)
                 continue
             if waiting and sample["generation"] != waiting[0][1]["generation"]:
-                self._generate(waiting, answers)
+                self._generate(waiting, records)
                 waiting = []
             waiting.append((index, sample, inputs))
             if len(waiting) == self.batch_size:
-                self._generate(waiting, answers)
+                self._generate(waiting, records)
                 waiting = []
         if waiting:
-            self._generate(waiting, answers)
-        self.records = gather_object(self.records) if self.world_size > 1 else self.records
+            self._generate(waiting, records)
+        mine = [records[index] for index in range(len(records))]
+        several = self.accelerator.num_processes > 1
+        self.records = gather_object(mine) if several else mine
         refuse_all_unreadable(self.records)
-        return answers
+        return mine
 
-    def _prepare(self, request, repeats):
-        """A sample of a request: what it asks, its key, and its record so far."""
-        _, to_messages, asked, doc_id, task, split = request.args
-        doc = self.task_dict[task][split][doc_id]
-        sample = {"task": task, "doc_id": doc_id, "split": split, "messages": None, "error": None}
-        try:
-            messages = ChatMessages(messages=to_messages(doc)).to_hf_messages()
-            media = [part for one in messages for part in one["content"] if part["type"] != "text"]
-            if not media and any("video" in name for name in doc):
-                raise OSError("the task found no video for this sample")
-            sample["messages"] = messages
-            sample["files"] = [describe_medium(part) for part in media]
-        except UNREADABLE as error:
-            sample["error"] = str(error) or type(error).__name__
-        sample["generation"] = generation_settings(asked)
+    def _set_key(self, sample, repeats):
+        """What the sample's answer is kept by: all that could change it, and which time it is."""
         texts = [
             part["text"]
             for message in sample["messages"] or []
             for part in message["content"]
             if part["type"] == "text"
         ]
-        content = [task, doc_id, texts, sample.get("files"), sample["generation"]]
+        content = [sample["task"], sample["doc_id"], texts, sample.get("files")]
+        content.append(sample["generation"])
         repeats[str(content)] += 1
         sample["key"] = digest([self.fingerprint, *content, repeats[str(content)]])
-        return sample
 
     def _encode(self, sample):
         """The model's inputs of a sample; None, with the reason in it, if it is unreadable."""
         if sample["error"] is not None:
             return None
-        for message in sample["messages"]:
-            for part in message["content"]:
-                if part["type"] == "video":
-                    part.update(self.limits)
+        set_videos(sample["messages"], self.limits)
         try:
             inputs = self.processor.apply_chat_template(
                 sample["messages"],
@@ -245,7 +223,7 @@ class VideoNSA(lmms):
         return inputs
 
     @torch.no_grad()
-    def _generate(self, batch, answers):
+    def _generate(self, batch, records):
         indices, samples, inputs = zip(*batch, strict=True)
         settings = samples[0]["generation"]["applied"]
         if settings["do_sample"]:  # so that a run that goes on draws what it would have drawn
@@ -269,28 +247,28 @@ class VideoNSA(lmms):
             sample["seconds"] = seconds
             sample["attention"] = report
             self.cache.add(sample)
-            self._answer(answers, index, sample)
+            records[index] = _record(sample)
 
-    def _answer(self, answers, index, sample):
-        record = {name: value for name, value in sample.items() if name != "messages"}
-        self.records.append(record)
-        counts = TokenCounts(record.get("prompt_tokens"), record.get("answer_tokens"))
-        answers[index] = GenerationResult(record.get("answer", ""), counts)
 
-    def loglikelihood(self, requests):
-        raise NotImplementedError("VideoNSA answers in words; choose a generate_until task.")
-
-    def generate_until_multi_round(self, requests):
-        raise NotImplementedError("evaluation.py asks one question a sample, not several rounds.")
+def _record(sample):
+    return {name: value for name, value in sample.items() if name != "messages"}
 
 
 def load_model(pretrained, revision, text, **settings):
-    """The checkpoint's model with other values of its text config; ValueError if no VideoNSA."""
-    if find_file(pretrained, ADAPTER_CONFIG, revision):
-        raise ValueError(
-            f"{pretrained} is an adapter, not a whole checkpoint. Merge it into its base first: "
-            "finetune.py's --merge_lora does, and so does peft's merge_and_unload()."
-        )
+    """The model with other values of its text config, an adapter merged into its base.
+
+    Raises ValueError for another kind of model.
+    """
+    adapter = find_file(pretrained, ADAPTER_CONFIG, revision)
+    if adapter is not None:
+        import peft  # needed for adapters only
+
+        of = json.loads(adapter.read_text(encoding="utf-8"))
+        if not of.get("base_model_name_or_path"):
+            raise ValueError(f"{adapter} names no base: give its base_model_name_or_path.")
+        base = load_model(of["base_model_name_or_path"], of.get("revision"), text, **settings)
+        model = peft.PeftModel.from_pretrained(base, pretrained, revision=revision)
+        return model.merge_and_unload().eval()
     source = {"revision": revision, "trust_remote_code": True}
     asked = {name: text[name] for name in ("nsa_semantics",) if name in text}
     config = AutoConfig.from_pretrained(pretrained, **asked, **source)

@@ -19,6 +19,7 @@ from commands.finetuning_rows import (
     RefusedRow,
     all_parts,
     parse_row,
+    set_videos,
     to_messages,
     unread_keys,
 )
@@ -29,7 +30,6 @@ from nsa_rules import count_visits
 IGNORE = -100
 REPORT = "data_report.jsonl"
 MARK = "\ufdd0"  # a noncharacter, which no text should hold: answers are rendered between two
-RATES = {"fps", "sample_fps", "num_frames", "nframes"}  # a video is sampled by one of them
 PIXELS = (
     "pixel_values",
     "image_grid_thw",
@@ -185,14 +185,7 @@ class Conversations(Dataset):
 
     def prepare(self, messages) -> Prepared:
         """Plans a conversation's videos within the token budget."""
-        for part in all_parts(messages):
-            if part["type"] == "video":
-                rated = not RATES.isdisjoint(part)
-                part |= {
-                    key: value
-                    for key, value in self.settings.items()
-                    if key not in part and not (rated and key in RATES)
-                }
+        set_videos(messages, self.settings)
         ids, labelled = self.labelled_text(messages)
         kinds = [part["type"] for part in all_parts(messages) if part["type"] in MEDIA]
         if int(torch.isin(ids, self.placeholders).sum()) != len(kinds):

@@ -55,6 +55,7 @@ OPTIONS = re.compile(
 )
 # ... or as NExT-QA and tables of letters have them; such a name alone may be anything.
 NUMBERED_OPTION = re.compile(r"(?:a|ans|answer|ending)_?\d|(?:(?:ans|answer|ending)_?)?[A-H]", re.I)
+RATES = {"fps", "sample_fps", "num_frames", "nframes"}  # a video is sampled by one of them
 # What might be a setting or a note about the file.
 UNCLEAR = re.compile(
     r"(?:(?:sampl(?:e|ed|ing)|target)_)?fps|frame_?rate|(?:num|n)_?frames|frame_(?:indices|idx|ids)|clip|segment|span|interval"
@@ -122,6 +123,21 @@ def to_messages(row, folder) -> list[dict]:
         if part["type"] in MEDIA:
             part[part["type"]] = _located(part[part["type"]], folder)
     return messages
+
+
+def set_videos(messages, settings: dict):
+    """Gives every video of messages the settings that it does not have itself, in place.
+
+    A video that says how it is sampled, by a rate or a number of frames, keeps that.
+    """
+    for part in all_parts(messages):
+        if part["type"] == "video":
+            rated = not RATES.isdisjoint(part)
+            part |= {
+                key: value
+                for key, value in settings.items()
+                if key not in part and not (rated and key in RATES)
+            }
 
 
 def unread_keys(row) -> set[str]:

@@ -1,0 +1,178 @@
+"""evaluation.py --data: questions of rows, scored and recorded without lmms-eval."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import evaluation
+from commands.evaluation_model import EvaluatedModel
+from commands.evaluation_rows import read_questions
+from commands.finetuning_rows import RefusedRow
+from commands.questions import is_exact, questions_of
+from finetuning import ROW, TEXT_ROW, run, write_rows
+from paths import ROOT
+
+CLIP = str(ROOT / "examples/clips/circle.mp4")
+CHOICES = "What colour is the shape?\nA. blue\nB. red"
+
+
+def asked(question, answer, **more):
+    return {"video": CLIP, "question": question, "answer": answer, **more}
+
+
+def evaluate(data, out, *arguments):
+    argv = ["--model", ROOT, "--data", data, "--output_path", out, *arguments]
+    return evaluation.main([str(one) for one in argv])
+
+
+def manifest_in(out):
+    (path,) = out.rglob("*_manifest_*.json")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """Makes the model's answers, by question; the rest is as it is."""
+    answers, generate = {}, EvaluatedModel._generate
+
+    def answering(model, batch, records):
+        generate(model, batch, records)
+        for index, sample, _ in batch:
+            question = sample["messages"][-1]["content"][-1]["text"]
+            records[index]["answer"] = answers.get(question, records[index]["answer"])
+
+    monkeypatch.setattr(EvaluatedModel, "_generate", answering)
+    return answers
+
+
+def test_rows_are_asked_scored_and_recorded(tmp_path, capsys, said):
+    rows = [
+        asked("What colour is the shape?", "Red."),
+        asked("What is the shape?", "square"),
+        asked(CHOICES, "B"),
+        asked(f"{CHOICES}\nC. green", "C. green"),
+        {"video": "gone.mp4", "question": "What?", "answer": "none"},
+    ]
+    said |= {CHOICES: "It is red.", f"{CHOICES}\nC. green": "(A)"}
+    data, out = write_rows(tmp_path / "mine.jsonl", rows), tmp_path / "out"
+    assert evaluate(data, out, "--batch_size", 2, "--model_args", "fps=1") == 0
+    assert "exact_match 20.0%, multiple_choice 50.0%" in capsys.readouterr().out
+    manifest = manifest_in(out)
+    assert manifest["task"]["name"] == "mine.jsonl" and manifest["preset"]["yours"] == {"fps": "1"}
+    assert manifest["scores"] == {"exact_match": 0.2, "multiple_choice": 0.5}
+    assert manifest["samples"]["scored"] == 5 and manifest["samples"]["undecodable"] == 1
+    assert "gone.mp4" in manifest["undecodable"][0]["reason"]
+    first, *_ = manifest["per_sample"]
+    assert (first["row"], first["answer"], first["right"], first["exact"]) == (
+        1,
+        "red",
+        "Red.",
+        True,
+    )
+    assert first["videos"][0]["frames"] == 8
+    assert manifest["proof"]["sparse_share_of_tokens"] == 1
+    assert evaluation.main(["--compare", str(out)]) == 0
+    assert "| mine.jsonl, fps 1 | exact_match | 0.2 |" in capsys.readouterr().out
+
+
+def test_a_row_is_asked_for_each_answer_that_is_learned(tmp_path):
+    turns = [("user", "<video>One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    messages[1]["loss"] = False
+    data = write_rows(tmp_path / "turns.jsonl", [{"video": CLIP, "messages": messages}, TEXT_ROW])
+    two, text = read_questions(str(data))
+    assert [one["role"] for one in two["messages"]] == ["user", "assistant", "user"]
+    assert (two["row"], two["right"], text["row"], text["right"]) == (1, "2", 2, "A tag.")
+    assert len(read_questions(str(data), limit=1)) == 1
+    del messages[1]["loss"]
+    data = write_rows(tmp_path / "turns.jsonl", [{"video": CLIP, "messages": messages}])
+    assert [one["right"] for one in read_questions(str(data))] == ["1", "2"]
+
+
+def test_a_setting_of_a_row_wins_over_that_of_the_command(tmp_path):
+    rows = [asked("What is the shape?", "circle", video_end=2.0), asked("What colour?", "red")]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    assert evaluate(data, tmp_path / "out", "--model_args", "fps=2,max_frames=6") == 0
+    frames = [one["videos"][0]["frames"] for one in manifest_in(tmp_path / "out")["per_sample"]]
+    assert frames == [4, 6]
+
+
+def test_a_row_that_cannot_be_read_ends_the_evaluation(tmp_path, capsys):
+    data = write_rows(tmp_path / "odd.jsonl", [asked("What?", "red"), {"film": CLIP}])
+    with pytest.raises(RefusedRow, match=r"odd.jsonl:2: the row has neither[^$]*A row is one of"):
+        read_questions(str(data))
+    assert evaluate(data, tmp_path / "out") == 1
+    assert "odd.jsonl:2: the row has neither messages" in capsys.readouterr().err
+
+
+def test_an_adapter_is_evaluated_as_what_it_was_merged_to(folder, tmp_path):
+    data = write_rows(folder / "two.jsonl", [ROW, TEXT_ROW])
+    tuned = tmp_path / "tuned"
+    run(data, tuned, max_steps=3, lora_r=4, gate_lr=1e-2, merge_lora=True)
+    found = []
+    for name in (tuned, tuned / "adapter"):
+        out = tmp_path / f"of {name.name}"
+        assert evaluate(data, out, "--model", name) == 0
+        manifest = manifest_in(out)
+        answers = [one["answer"] for one in manifest["per_sample"]]
+        found.append((manifest["settings"]["checkpoint"]["weights"], answers))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "exact"),
+    [
+        ("Red.", "red", True),
+        ("  a  red\nshape ", "A red shape.", True),
+        ("A. red", "red", False),
+        ("reds", "red", False),
+        ("3.5", "3.", False),
+        ("", ".", True),
+    ],
+)
+def test_an_answer_is_right_but_for_capitals_space_and_a_full_stop(answer, right, exact):
+    assert is_exact(answer, right) == exact
+
+
+def test_questions_have_no_answer_in_them():
+    text = [{"type": "text", "text": "What?"}]
+    given = [{"type": "text", "text": " red "}]
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": given}]
+    assert questions_of(messages) == [(messages[:1], "red")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "."], "give --data with questions of your own, or --tasks"),
+        (["--model", ".", "--data", "a", "--tasks", "b"], "give --data with questions"),
+        (["--model", ".", "--data", "a", "--seed", "1"], "--seed 1: --data knows no such option"),
+        (["--model", ".", "--data", "a", "--limit", "0.5"], "--limit is '0.5'; with --data"),
+        (["--model", ".", "--tasks", "a", "--data_root", "x"], "--data_root is of --data"),
+        (["--data", "a"], "give --model"),
+    ],
+)
+def test_wrong_options_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_harness_is_asked_for_by_tasks_alone(tmp_path):
+    (tmp_path / "lmms_eval.py").write_text("raise ImportError('none here', name='lmms_eval')")
+
+    def ask(*arguments):
+        return subprocess.run(
+            [sys.executable, ROOT / "evaluation.py", *arguments],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+
+    missing = ask("--model", ROOT, "--tasks", "clips_8")
+    assert missing.returncode == 1
+    assert "pip install -r requirements-eval.txt -c constraints-eval.txt" in missing.stderr
+    assert ask("--help").returncode == 0
