@@ -65,7 +65,8 @@ def main():
         torch.cuda.empty_cache()
 
 
-def make_model(config_class, model_class):
+def make_config(config_class):
+    """A configuration of the 7B's sizes."""
     ids = AutoConfig.from_pretrained(ROOT, trust_remote_code=True).to_dict()
     ids = {name: value for name, value in ids.items() if name.endswith("_token_id")}
     text = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
@@ -76,7 +77,11 @@ def make_model(config_class, model_class):
     vision = {"depth": 32, "hidden_size": 1280, "out_hidden_size": 3584, "num_heads": 16}
     vision |= {"intermediate_size": 3420, "tokens_per_second": 2}
     vision |= {"fullatt_block_indexes": [7, 15, 23, 31]}
-    config = config_class(text_config=text, vision_config=vision, **ids)
+    return config_class(text_config=text, vision_config=vision, **ids)
+
+
+def make_model(config_class, model_class):
+    config = make_config(config_class)
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = model_class._from_config(config, dtype=torch.bfloat16).eval()
@@ -100,17 +105,18 @@ class MadePixels:
         return torch.randn(last - first, 1176, device="cuda", dtype=self.dtype)
 
 
-def make_inputs(model, tokens):
+def make_inputs(model, tokens, made=False):
+    """A prompt; made: whether its pixels are made as they are read, however short it is."""
     config, steps = model.config, tokens // (STEP // 4)
     ids = torch.full((1, steps * STEP // 4 + QUESTION), 9, device="cuda")
     ids[:, 4 : 4 + steps * STEP // 4] = config.video_token_id
     ids[:, 3] = config.vision_start_token_id
-    made = MadePixels(steps * STEP)
+    pixels = MadePixels(steps * STEP)
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == config.video_token_id) * 2,
-        "pixel_values_videos": made if tokens > 262144 else made[:],
+        "pixel_values_videos": pixels if made or tokens > 262144 else pixels[:],
         "video_grid_thw": torch.tensor([[steps, *GRID]], device="cuda"),
         "second_per_grid_ts": torch.tensor([1.0]),
     }
