@@ -27,8 +27,8 @@ from commands.attention_record import AttentionWatch
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--sinks", action="store_true")
     args = parser.parse_args()
     print(

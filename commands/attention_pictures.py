@@ -70,7 +70,9 @@ def draw_timeline(view: View, strip: Strip) -> Figure:
     words, asked = view.question_reads()
     words, asked = words[-MOST_WORDS:], asked[:, -MOST_WORDS:]
     answer = view.reads()[:, :MOST_WORDS]
-    rows = {"frames": 1.6, "answer": 1.5, "layers": 0.9}
+    picture = view.pictures[strip.steps[0]]
+    rows = {"frames": 0.2 + 9.1 / len(strip.shown) * picture.height / picture.width}
+    rows |= {"answer": 1.6, "layers": 0.9}
     rows["words"] = 0.5 + 0.16 * (len(words) + answer.shape[1])
     if record.is_sparse:
         rows |= {"selected": 1.1, "gates": 1.1}
@@ -87,6 +89,7 @@ def draw_timeline(view: View, strip: Strip) -> Figure:
     even = 100 / record.layout.num_steps
     axes["answer"].axhline(even, color=INK, linewidth=0.8, linestyle=":")
     axes["answer"].set_title("What the answer read, % of its attention to images and videos")
+    axes["answer"].tick_params(labelbottom=True)
     axes["answer"].text(strip.edges[-1], even, " even", va="center", fontsize=7)
     _heat(axes["layers"], strip.edges, reads.mean(1), "The same by layer")
     layers = np.unique(np.linspace(0, len(reads) - 1, min(len(reads), 4)).round().astype(int))
