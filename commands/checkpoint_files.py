@@ -68,6 +68,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.j
 # repository's own checkpoint shows.
 CHECKPOINT_FILES = (
     *REQUIRED_FILES,
+    "docs/attention.png",
     "docs/branches.png",
     "docs/speed.png",
     "LICENSE",

@@ -15,7 +15,7 @@ from commands.checkpoint_files import listed_files
 from paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-PICTURES = ("docs/branches.png", "docs/speed.png")
+PICTURES = ("docs/branches.png", "docs/attention.png", "docs/speed.png")
 
 
 def anchors(page):
