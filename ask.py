@@ -208,7 +208,7 @@ def make_conversation(options):
     conversation = Conversation(
         processor,
         functools.partial(processes.load_shared, model),
-        model.forecast_memory,
+        functools.partial(model.forecast_memory, processes=processes.count()),
         max_position_embeddings=model.config.text_config.max_position_embeddings,
         settings=video_settings(options),
         max_tokens=options.max_tokens,
@@ -216,7 +216,7 @@ def make_conversation(options):
         write=None if quiet else functools.partial(print, end="", flush=True),
         say=say,
     )
-    return conversation, model.describe()
+    return conversation, model.describe() + processes.describe()
 
 
 def ask_many(options):

@@ -49,6 +49,10 @@ KERNEL_FROM, KERNEL_BLOCKS = 8192, 2048
 # Under the released semantics a prompt is read whole, and a layer's attention keeps this many rows
 # of spread heads per token, and float32 scores of so many chunks (docs/released.md has the peaks).
 RELEASED_SPREAD_ROWS, RELEASED_SCORES = 4, 5
+# What a process that shares a prompt out has of all tokens of a chunk, in rows of hidden_size:
+# their embeddings, and what is gathered of them, before and after it is put in order. It also packs
+# the keys and values of a layer twice, for its two parts of a chunk. Both are estimates.
+SHARED_HIDDEN_ROWS = 3
 # Bytes of an intermediate activation besides, while bitsandbytes multiplies in 8 bits: the product
 # in int32 and in float16.
 INT8_PRODUCT_BYTES = 6
@@ -137,6 +141,7 @@ def forecast(
     quantization=None,
     device=None,
     available=None,
+    processes=1,
 ) -> Forecast:
     """A `Forecast` for one prompt of a VideoNSA model with this configuration.
 
@@ -146,11 +151,12 @@ def forecast(
     device: a CUDA device whose free memory is asked for; what this process holds of it already
         counts as free, because weights that are loaded are part of the forecast.
     available: bytes, instead of a device.
+    processes: that share the prompt out, each on a device; the forecast is of one of them.
     """
     if available is None and device is not None:
         available = usable_memory(device)
     quantization = quantization or getattr(config, "quantization_config", None)
-    run = _Run(config, new_tokens, dtype, quantization, available)
+    run = _Run(config, new_tokens, dtype, quantization, available, processes)
     peak = run.peak(prompt_tokens, vision_tokens)
     result = Forecast(
         tokens=prompt_tokens + new_tokens,
@@ -192,6 +198,7 @@ class _Run(NamedTuple):
     dtype: torch.dtype
     quantization: object
     available: int | None
+    processes: int
 
     @property
     def weights(self):
@@ -204,12 +211,13 @@ class _Run(NamedTuple):
     def peak(self, prompt, vision, on_device=None):
         """Bytes; on_device: the layers of the cache that are on it, where it is offloaded."""
         layers, cached = self.config.text_config.num_hidden_layers, self.cached(prompt)
-        copies = COPIED_LAYERS * cached / layers
+        copies = (COPIED_LAYERS + (self.processes > 1)) * cached / layers
         # With an offloaded cache, one layer is used while the next one is fetched.
         cached = cached if on_device is None else on_device * cached / layers
         held = self.weights + cached + copies
         left = None if self.available is None else self.available - held
-        return held + chunk_bytes(self.config, prompt, vision, self.dtype, self.quantization, left)
+        run = (self.dtype, self.quantization, left, self.processes)
+        return held + chunk_bytes(self.config, prompt, vision, *run)
 
 
 def count_parameters(config) -> int:
@@ -255,18 +263,26 @@ def weight_bytes(config, dtype, quantization=None) -> float:
     return (total - quantized) * dtype.itemsize + quantized * each
 
 
-def chunk_bytes(config, prompt, vision_tokens, dtype, quantization=None, available=None) -> float:
+def chunk_bytes(
+    config, prompt, vision_tokens, dtype, quantization=None, available=None, processes=1
+) -> float:
     """Bytes beyond weights and cache while a prompt is read: of whichever part takes most.
 
     The vision tower is done with a chunk of frames before the language model reads it, and a
     layer's attention before its MLP. available: bytes beside weights, cache and copies, or None.
+    Of `processes` that share a prompt out each has its part of a chunk, and `SHARED_HIDDEN_ROWS`.
     """
     text, vision, itemsize = config.text_config, config.vision_config, dtype.itemsize
     released = text.nsa_semantics == "released" and vision_tokens > 0
-    tokens = prompt
+    tokens, held = prompt, 0
     if not released:
-        size = prefill_tokens(PREFILL_CHUNK_SIZE, text, itemsize, available)
+        size = PREFILL_CHUNK_SIZE
+        if processes == 1:
+            size = prefill_tokens(size, text, itemsize, available)
         tokens = longest_chunk(prompt, size)
+    if processes > 1:
+        held = SHARED_HIDDEN_ROWS * text.hidden_size * tokens * itemsize
+        tokens = -(-tokens // processes)
     head, heads = text.hidden_size // text.num_attention_heads, text.num_attention_heads
     mlp = tokens * mlp_bytes(text, itemsize)
     if quantization is not None and is_int8_product(quantization):
@@ -284,8 +300,10 @@ def chunk_bytes(config, prompt, vision_tokens, dtype, quantization=None, availab
         attention += min(queries, tokens) * partial + min(CHUNK_QUERIES, tokens) * importance
     patch, unit = patch_bytes(vision, itemsize), vision.spatial_merge_size**2
     most = units_that_fit(PATCHES_PER_CHUNK, LEAST_PATCHES, patch, available, PATCHES_SHARE)
-    held = 4 * pixels_of_patch(vision) * vision_tokens * unit if released else 0
-    return held + max(mlp, attention, min(vision_tokens * unit, most) * patch)
+    if released:
+        held += 4 * pixels_of_patch(vision) * vision_tokens * unit
+    patches = min(-(-vision_tokens // processes) * unit, most)
+    return held + max(mlp, attention, patches * patch)
 
 
 def longest_chunk(prompt: int, size: int) -> int:

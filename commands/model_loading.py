@@ -25,14 +25,14 @@ class PreparedModel(NamedTuple):
     config: its `VideoNSAConfig`.  device: a device's name, or "auto" for all GPUs.
     dtype: of its weights.
     load: loads it.  forecast_memory: the `Forecast` of a prompt from its tokens, vision tokens and
-        the answer's.
+        the answer's, and the processes that share it out, by default one.
     """
 
     config: object
     device: str
     dtype: torch.dtype
     load: Callable
-    forecast_memory: Callable[[int, int, int], Forecast]
+    forecast_memory: Callable[..., Forecast]
 
     def describe(self) -> str:
         """What it runs on and how: "on the CPU in float32, sparse attention"."""
@@ -85,7 +85,7 @@ def prepare_model(
 
         return peft.PeftModel.from_pretrained(loaded, model)
 
-    def forecast_memory(prompt_tokens, vision_tokens, new_tokens):
+    def forecast_memory(prompt_tokens, vision_tokens, new_tokens, processes=1):
         return forecast(
             config,
             prompt_tokens,
@@ -94,6 +94,7 @@ def prepare_model(
             dtype=dtype,
             # What "auto" puts on which device is not known before it is done.
             device=None if device == "auto" else device,
+            processes=processes,
         )
 
     return PreparedModel(config, device, dtype, load, forecast_memory)

@@ -32,6 +32,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def describe() -> str:
+    """Of several processes ", the prompt shared out over 2 processes"; of one nothing."""
+    return f", the prompt shared out over {count()} processes" if count() > 1 else ""
+
+
 def join(device: str | None) -> str | None:
     """Make the processes a group; returns the device of this one, or `device` as it is for one.
 

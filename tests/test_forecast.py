@@ -253,3 +253,11 @@ def test_everything_that_is_said_to_fit_does_on_any_card():
         most = forecast(config, 10**6, vision_tokens=10**6, **asked).fitting_tokens
         for tokens in range(most // 10, most, most // 10):
             assert forecast(config, tokens, vision_tokens=tokens, **asked).fits, (available, tokens)
+
+
+def test_processes_that_share_a_prompt_out_have_parts_of_its_chunks():
+    """Not of its cache, which all of them have whole."""
+    prompt = {"prompt_tokens": 131072, "vision_tokens": 131000}
+    alone, shared = (forecast(seven_billion(), **prompt, processes=n) for n in (1, 2))
+    assert (shared.weights, shared.cache) == (alone.weights, alone.cache)
+    assert alone.weights + alone.cache < shared.peak < alone.peak
