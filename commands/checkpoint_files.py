@@ -1,12 +1,13 @@
 """What a checkpoint carries: exactly what loading it needs, and nothing that runs it.
 
 The converter, the Trainer's saves, every push to the Hub and tools/publish.py go by these lists and
-functions. Commands (ask.py, finetune.py, ...) live in the repository and take the checkpoint by
---model. The card of a checkpoint is written by commands/model_card.py.
+functions. Commands (ask.py, finetune.py, ...) live in the repository, which is published whole, and
+take the checkpoint by --model. The card of a checkpoint is written by commands/model_card.py.
 """
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -93,6 +94,42 @@ ADAPTER_FILES = (
     *PROCESSOR_CODE,
     *CHECKPOINT_FILES[CHECKPOINT_FILES.index("tokenizer.json") :],
 )
+
+
+# Patterns of all that the repository itself has: what README.md names is there with it.
+REPOSITORY_FILES = (
+    *CHECKPOINT_FILES,
+    "*.py",
+    "*.md",
+    "requirements*.txt",
+    "constraints*.txt",
+    "pyproject.toml",
+    ".gitignore",
+    ".ci/*",
+    *(f"{folder}/**/*" for folder in ("benchmarks", "commands", "docs", "examples", "tests")),
+    "tools/**/*",
+)
+
+
+def repository_files() -> list[str]:
+    """Names of the files of this repository, as it is published.
+
+    Raises ValueError in a git clone for files that git does not have: drafts are not published.
+    """
+    listed_files(ROOT)  # what loading needs is there, and of one layout
+    paths = {path for one in REPOSITORY_FILES for path in ROOT.glob(one) if path.is_file()}
+    names = sorted(path.relative_to(ROOT).as_posix() for path in paths)
+    names = [name for name in names if "__pycache__" not in name]
+    if (ROOT / ".git").exists():
+        shown = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        if unknown := sorted(set(names) - set(shown.stdout.split("\0"))):
+            raise ValueError(
+                f"git does not have {', '.join(unknown)}, which would be published: commit or "
+                "move them."
+            )
+    return names
 
 
 def copy_code(folder: str | Path):
@@ -200,15 +237,16 @@ def upload(
 
     The repository is made if it is absent. Files of a checkpoint or an adapter that it has from
     before and that are not in `names`, such as shards of an earlier split, are deleted in the same
-    commit.
+    commit; where `folder` is this repository, all of its files.
     """
+    own = REPOSITORY_FILES if Path(folder) == ROOT else CHECKPOINT_FILES
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True, token=token)
     api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=names,
-        delete_patterns=[*CHECKPOINT_FILES, ADAPTER_CONFIG, ADAPTER_WEIGHTS],
+        delete_patterns=[*own, ADAPTER_CONFIG, ADAPTER_WEIGHTS],
         commit_message=message,
         token=token,
         revision=revision,

@@ -1,7 +1,10 @@
 """What goes to the Hub loads by itself, and nothing else goes."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,7 +67,46 @@ def test_the_repository_can_be_published(api, capsys):
     names = {line.split()[-1] for line in listing.splitlines()}
     assert {"config.json", "model.safetensors", "modeling_videonsa.py", "README.md"} <= names
     assert f"{(ROOT / 'tokenizer.json').stat().st_size:,}" in listing
-    assert not {"pyproject.toml", "conftest.py", "tools", "tests"} & names
+    assert set(checkpoint_files.listed_files(ROOT)) < names
+    assert {"ask.py", "constraints.txt", "docs/usage.md", "examples/clips/circle.mp4"} <= names
+
+
+def test_the_repository_is_published_whole(api, tmp_path, monkeypatch, capsys):
+    """Every file that git has goes to the Hub, and with it every path that README.md names."""
+    names = checkpoint_files.repository_files()
+    if (ROOT / ".git").exists():
+        command = ["git", "ls-files"]
+        known = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert set(names) == set(known.stdout.splitlines())
+    card = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w./-]+", card))
+    folders = {str(parent) for name in names for parent in Path(name).parents}
+    lost = [
+        name
+        for name in named
+        if (ROOT / name).exists() and name.strip("./") and os.path.normpath(name) not in folders
+        if os.path.normpath(name) not in names
+    ]
+    assert lost == [] and len(named & set(names)) > 15
+
+    monkeypatch.setattr(publish, "check_loads", lambda folder, names: None)
+    assert publish.main(["--copy", str(tmp_path / "hub")]) == 0 and api.calls == []
+    copied = [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+    assert {path.relative_to(tmp_path / "hub").as_posix() for path in copied} == set(names)
+    with pytest.raises(SystemExit):
+        publish.main(["--copy", str(tmp_path / "hub")])
+    assert publish.main(["--repo-id", "me/videonsa"]) == 0
+    *_, (uploaded, target, sent, deleted) = api.calls
+    assert (uploaded, target) == ("upload_folder", "me/videonsa") and sent == set(names)
+
+
+def test_what_git_does_not_have_is_not_published(monkeypatch):
+    if not (ROOT / ".git").exists():
+        pytest.skip("a copy without git")
+    known = subprocess.CompletedProcess([], 0, stdout="README.md\0")
+    monkeypatch.setattr(checkpoint_files.subprocess, "run", lambda *args, **options: known)
+    with pytest.raises(ValueError, match=r"git does not have \.ci/.*would be published: commit or"):
+        checkpoint_files.repository_files()
 
 
 @pytest.mark.parametrize("name", ["configuration", "modeling", "processing"])
