@@ -202,7 +202,13 @@ def make_conversation(options):
     with tempfile.TemporaryDirectory() as folder:
         if options.plan:  # nothing is loaded, so a stock model is read as it would be converted
             name = stock_as_converted(name, Path(folder))
-        model = prepare_model(name, options.device, options.backend, options.attention)
+        model = prepare_model(
+            name,
+            options.device,
+            options.backend,
+            options.attention,
+            options.load_in,
+        )
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
     quiet = options.json or options.out is not None
     conversation = Conversation(

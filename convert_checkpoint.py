@@ -3,6 +3,7 @@
     python convert_checkpoint.py Qwen/Qwen2.5-VL-7B-Instruct VideoNSA-7B
     python convert_checkpoint.py ../Qwen2.5-VL-3B-Instruct VideoNSA-3B --gates random --seed 1
     python convert_checkpoint.py Enxin/VideoNSA VideoNSA-released --semantics released
+    python convert_checkpoint.py ../trained-gates VideoNSA-4bit --semantics paper --load-in 4bit
 
 SOURCE is a Hub id or a folder with safetensors weights of any size, sharded or not. Everything is
 checked before anything is written: every key and shape, against the model that OUT's own code
@@ -45,12 +46,13 @@ from commands.checkpoint_files import (
     upload,
 )
 from commands.model_card import HUB_ID, write_card
+from commands.quantized_loading import HELP, LOAD_IN, check_savable, loading_options
 from nsa_rules import gate_logit
 
 COPIED_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "generation_config.json", "LICENSE")
 SOURCE_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.jinja", "README.md", "LICENSE")
 WEIGHTS = "model*.safetensors"
-RECORD = "conversion.json"
+RECORD, QUANTISED = "conversion.json", "quantisation.json"
 SHARD_BYTES = 2 * 10**9
 
 # What a video shares with an image; how many frames and pixels it gets is VideoNSA's own matter.
@@ -91,6 +93,7 @@ def convert(
     semantics=None,
     dtype="auto",
     seed=0,
+    load_in=None,
     push_to_hub=None,
 ):
     """Write the VideoNSA checkpoint of `source` (Hub id or folder) to the folder `out`.
@@ -101,12 +104,17 @@ def convert(
     semantics: of a source with gates, which it keeps: what they were trained with, "released" for
     those of the original release, or "paper".
     dtype: "auto" keeps each tensor's own; else "bfloat16", "float16" or "float32" for all.
+    load_in: a name of `LOAD_IN`, to write quantised weights, which takes the memory that they take.
     push_to_hub: a repository id to upload the finished folder to, as one commit.
 
     Returns the report, lists of keys under "copied", "copied (gates)" and "added", or None if `out`
     was complete already. Raises ValueError or OSError, with nothing written, if the source does not
     fit exactly.
     """
+    if load_in is not None:
+        settings = {"gates": gates, "gate_value": gate_value, "semantics": semantics}
+        settings |= {"dtype": dtype, "seed": seed}
+        return convert_quantised(source, out, load_in, push_to_hub, settings)
     given = {"--gates": gates, "--gate-value": gate_value}
     gates = gates or "even"
     if gates == "random" and gate_value is not None:
@@ -146,6 +154,44 @@ def convert(
     if push_to_hub:
         state = f"{semantics} semantics" if gates == "copied" else "gates untrained"
         upload(out, push_to_hub, listed_files(out), f"VideoNSA from {name}, {state}")
+        print(f"pushed to {push_to_hub}")
+    return report
+
+
+def convert_quantised(source, out, load_in, push_to_hub, settings):
+    """`convert` with these settings, then its result loaded quantised and saved as `out`.
+
+    Returns the report of the conversion. What lies between is in OUT.whole, and removed at the end.
+    """
+    check_savable(load_in)
+    loading, out = loading_options(load_in), Path(os.path.abspath(out))
+    record = {"load_in": load_in, "source": str(source), **settings}
+    if (out / QUANTISED).is_file() and read_json(out / QUANTISED) == record:
+        print(f"{out} is complete already, with these settings: nothing to convert.")
+        report = None
+    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(
+            f"{out} exists and is not the result of this conversion. Delete it or name another."
+        )
+    else:
+        whole, partial = (out.with_name(f"{out.name}.{end}") for end in ("whole", "partial"))
+        report = convert(source, whole, **settings)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForImageTextToText.from_pretrained(
+            whole, trust_remote_code=True, dtype="auto", device_map=device, **loading
+        )
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial, max_shard_size=SHARD_BYTES)
+        for path in whole.iterdir():
+            is_weights = path.match(WEIGHTS) or path.name == INDEX
+            if path.is_file() and not is_weights and not (partial / path.name).exists():
+                shutil.copyfile(path, partial / path.name)
+        write_json(partial / QUANTISED, record)
+        os.replace(partial, out)
+        shutil.rmtree(whole)
+        print(f"{out} is complete, with the language model's weights in {load_in}.")
+    if push_to_hub:
+        upload(out, push_to_hub, listed_files(out), f"VideoNSA from {source}, {load_in}")
         print(f"pushed to {push_to_hub}")
     return report
 
@@ -549,6 +595,7 @@ def main(arguments=None):
         "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the gates' random weights")
+    parser.add_argument("--load-in", "--load_in", choices=LOAD_IN, help=HELP)
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="upload OUT in one commit")
     try:
         convert(**vars(parser.parse_args(arguments)))

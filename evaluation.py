@@ -30,6 +30,7 @@ from commands.evaluation_manifest import compare
 from commands.evaluation_model import EvaluatedModel
 from commands.evaluation_presets import ALIASES, PRESETS, Preset
 from commands.evaluation_rows import evaluate_rows, read_questions
+from commands.quantized_loading import HELP, LOAD_IN
 from nsa_rules import BRANCHES
 
 
@@ -65,6 +66,7 @@ def parse_arguments(argv):
     parser.add_argument(
         "--semantics", choices=("paper", "released"), help="other than the checkpoint's own"
     )
+    parser.add_argument("--load_in", choices=LOAD_IN, help=HELP)
     parser.add_argument("--model_args", default="", metavar="NAME=VALUE,...")
     parser.add_argument("--gen_kwargs", default="", metavar="NAME=VALUE,...")
     parser.add_argument("--include_path", default=str(ROOT / "benchmarks" / "clips"))
@@ -115,6 +117,7 @@ def read_settings(options):
         "blocks": options.blocks,
         "window": options.window,
         "semantics": options.semantics,
+        "load_in": options.load_in,
         **settings,
         **yours,
     }

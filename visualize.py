@@ -62,7 +62,13 @@ def fail(message):
 
 
 def make_conversation(options):
-    model = prepare_model(options.model, options.device, options.backend, options.attention)
+    model = prepare_model(
+        options.model,
+        options.device,
+        options.backend,
+        options.attention,
+        options.load_in,
+    )
     conversation = WatchedConversation(
         AutoProcessor.from_pretrained(options.model, trust_remote_code=True),
         model.load,

@@ -15,6 +15,7 @@ from commands import ROOT
 from commands.evaluation_answers import read_answer
 from commands.evaluation_attention import check
 from commands.evaluation_options import options_of, right_letter
+from commands.quantized_loading import plain_state_dict
 from nsa_rules import BRANCHES
 
 PACKAGES = (
@@ -213,6 +214,8 @@ def name_of_model(settings):
     """A column's name: checkpoint, attention and what is not as the checkpoint has it."""
     attention = settings["attention"]
     parts = [Path(settings["checkpoint"]["name"]).resolve().name, attention["asked"]]
+    if settings.get("load_in"):
+        parts.append(settings["load_in"])
     if attention["asked"] == "sparse":
         if attention["semantics"] != "paper":
             parts.append(f"{attention['semantics']} semantics")
@@ -274,7 +277,7 @@ def weights_digest(model):
     """A digest of the weights that are loaded, wherever they came from and lie."""
     tensors = [
         (name, str(x.dtype), list(x.shape), content_of(x))
-        for name, x in model.state_dict().items()
+        for name, x in plain_state_dict(model).items()
         if x.numel()
     ]
     return digest(tensors)

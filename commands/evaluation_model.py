@@ -27,6 +27,7 @@ from commands.evaluation_manifest import (
 from commands.evaluation_presets import ALIASES, LIMITS
 from commands.finetuning_rows import set_videos
 from commands.model_card import find_file
+from commands.quantized_loading import loading_options
 from commands.questions import collate
 from nsa_released import vision_by_position
 from nsa_rules import BRANCHES
@@ -40,7 +41,8 @@ class EvaluatedModel:
 
     pretrained, revision: folder or Hub id.  attention: "sparse", or "dense" with the same weights.
     branches: those whose gates stay open, joined by "+".  blocks, window, semantics: in place of
-    the checkpoint's nsa_num_selected_blocks, nsa_window_size and nsa_semantics.  limits: LIMITS, of
+    the checkpoint's nsa_num_selected_blocks, nsa_window_size and nsa_semantics.  load_in: a name of
+    `LOAD_IN`, to quantise the weights.  limits: LIMITS, of
     every video that does not set its own.
     """
 
@@ -55,6 +57,7 @@ class EvaluatedModel:
         blocks=None,
         window=None,
         semantics=None,
+        load_in=None,
         dtype=None,
         device=None,
         device_map=None,
@@ -64,7 +67,7 @@ class EvaluatedModel:
     ):
         self.accelerator = Accelerator()
         self.device = torch.device(device) if device else self.accelerator.device
-        self.attention, self.batch_size = attention, int(batch_size)
+        self.attention, self.batch_size, self.load_in = attention, int(batch_size), load_in
         self.branches = tuple(branches.split("+"))
         self.limits = {ALIASES.get(name, name): value for name, value in limits.items()}
         if unknown := sorted(set(self.limits) - set(LIMITS)):
@@ -85,6 +88,7 @@ class EvaluatedModel:
         default = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         settings = {"dtype": getattr(torch, dtype) if dtype else default}
         settings["device_map"] = device_map or self.device
+        settings |= loading_options(load_in)
         if attn_implementation:
             settings["attn_implementation"] = attn_implementation
         self.model = load_model(pretrained, revision, text, **settings)
@@ -121,6 +125,7 @@ class EvaluatedModel:
             "libraries": versions(),
             "device": device_name(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "load_in": self.load_in,
             "batch_size": self.batch_size,
             "attention": {
                 "asked": self.attention,

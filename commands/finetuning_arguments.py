@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from commands.finetuning_flags import refuse_flags
 from commands.finetuning_model import PARTS
 from commands.finetuning_sharding import parallelism_config
+from commands.quantized_loading import TRAINABLE
 
 USAGE = """\
 finetune.py [SETTINGS.yaml] --model_name_or_path MODEL --data SET... --output_dir DIR [FLAGS]
@@ -63,6 +64,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "paper or released: nsa_semantics to train with and to save"},
     )
+    load_in: str | None = field(
+        default=None,
+        metadata={"help": f"{' or '.join(TRAINABLE)}: quantise the frozen weights under adapters"},
+    )
     train: str = field(default="llm,gates", metadata={"help": f"any of {','.join(PARTS)}"})
     lora_r: int = field(default=0, metadata={"help": "rank of the adapters; 0 trains whole parts"})
     lora_alpha: float | None = field(default=None, metadata={"help": "default: twice the rank"})
@@ -89,6 +94,15 @@ class ModelArguments:
             raise ValueError(
                 f"--semantics {self.semantics} with --lora_r: an adapter runs with the semantics "
                 "that its base names. Add --merge_lora, for a checkpoint that names its own."
+            )
+        if self.load_in and self.load_in not in TRAINABLE:
+            raise ValueError(
+                f"--load_in is {self.load_in!r}; adapters train over {' or '.join(TRAINABLE)}."
+            )
+        if self.load_in and not self.lora_r:
+            raise ValueError(
+                f"--load_in {self.load_in} without --lora_r: quantised weights do not train. Add "
+                "adapters with --lora_r 64."
             )
         if self.merge_lora and not self.lora_r:
             raise ValueError("--merge_lora without --lora_r: there will be no adapter to merge.")

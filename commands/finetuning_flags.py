@@ -145,6 +145,11 @@ def refuse_together(model_args, args):
             f"--output_dir is {args.output_dir}, the folder of the model itself, which the result "
             "would replace. Name another folder."
         )
+    if model_args.load_in and (args.fsdp or args.deepspeed):
+        raise ValueError(
+            f"--load_in {model_args.load_in} with FSDP or DeepSpeed, which share out whole "
+            "weights: leave one of them away. Without them every process has all of the model."
+        )
     if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists():
         raise ValueError(
             f"{model} is an adapter: go on with it by --resume_from_checkpoint, or train "

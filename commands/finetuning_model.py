@@ -12,6 +12,8 @@ import re
 import torch
 from transformers import AutoModelForImageTextToText
 
+from commands.quantized_loading import loading_options
+
 PARTS = ("llm", "gates", "merger", "vision")
 ATTENTION = "q_proj,k_proj,v_proj,o_proj,qkv,proj"  # of the llm and of the vision tower
 
@@ -26,12 +28,18 @@ def part_of(name):
 
 
 def load_model(model_args, args):
-    """The checkpoint with its trainable parts chosen; frozen weights in the dtype of the run."""
+    """The checkpoint with its trainable parts chosen; frozen weights in the dtype of the run, or
+    quantised.
+    """
+    quantised = loading_options(model_args.load_in)
+    if quantised:
+        quantised["device_map"] = {"": args.device}  # where a library quantises
     model = AutoModelForImageTextToText.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         dtype=run_dtype(args),
         trust_remote_code=True,
+        **quantised,
         **model_args.fields,
     )
     return choose_trained(model, model_args, args)
@@ -47,6 +55,11 @@ def choose_trained(model, model_args, args):
         raise ValueError(
             f"{model_args.model_name_or_path} is a {model.config.model_type} checkpoint, not a "
             "VideoNSA one; convert it first: python convert_checkpoint.py SOURCE FOLDER"
+        )
+    if getattr(model, "is_quantized", False) and not model_args.lora_r:
+        raise ValueError(
+            f"{model_args.model_name_or_path} is quantised, and such weights do not train. Add "
+            "adapters with --lora_r 64, or train from whole weights."
         )
     base, parts = model, set(model_args.parts)
     if model_args.lora_r:

@@ -352,5 +352,7 @@ def merge(model_args, args, adapter, out):
         trust_remote_code=True,
         **model_args.fields,
     )
+    if getattr(base, "is_quantized", False):
+        base = base.dequantize()
     merged = peft.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     merged.save_pretrained(out)

@@ -18,6 +18,8 @@ from transformers import AutoModelForImageTextToText
 from commands.finetuning_data import DataReport
 from commands.finetuning_model import PARTS, choose_trained, part_of, run_dtype
 from commands.finetuning_rows import SHOWN_LAYOUTS
+from commands.forecast import count_quantized
+from commands.quantized_loading import bits_of, bytes_per_weight
 
 MEASURED = 200  # conversations that a run measures before it starts
 
@@ -115,6 +117,9 @@ def forecast_memory(config, model_args, args, longest):
     tokens = longest["tokens"] * args.per_device_train_batch_size
     # A trained weight: itself, its gradient and AdamW's two moments, in float32.
     weights = 16 * trained.total() + width * (every.total() - trained.total())
+    if model_args.load_in:
+        each = bytes_per_weight(bits_of(model_args.load_in), width)
+        weights -= (width - each) * count_quantized(config)
     layer = tokens * width * (4 * text.intermediate_size + 16 * text.hidden_size) * 1.4
     if args.gradient_checkpointing:
         layer += tokens * width * text.hidden_size * text.num_hidden_layers

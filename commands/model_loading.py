@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import find_adapter_config_file
 
 from commands.forecast import Forecast, forecast
+from commands.quantized_loading import loading_options
 
 
 class PreparedModel(NamedTuple):
@@ -49,12 +50,14 @@ def prepare_model(
     device: str | None = None,
     backend: str | None = None,
     attention: str | None = None,
+    load_in: str | None = None,
 ) -> PreparedModel:
     """The model of a checkpoint or of an adapter, by folder or by name on the Hub.
 
     device: cpu, cuda, cuda:1, or auto for all GPUs; None is a GPU where there is one.
     backend: replaces the checkpoint's `nsa_backend`.
     attention: "sparse" or "dense", of vision tokens; None is what the checkpoint says.
+    load_in: a name of `LOAD_IN`, to quantise the weights while they are loaded.
 
     Raises ValueError where the device, the backend or the kind of model cannot be used.
     """
@@ -74,10 +77,18 @@ def prepare_model(
     # Made anew, so that an unknown backend is refused now.
     config.text_config = type(text).from_dict({**text.to_dict(), **asked})
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    if load_in is not None and getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{base} is quantised already: leave --load_in {load_in} away")
+    quantised = loading_options(load_in)
 
     def load():
         loaded = AutoModelForImageTextToText.from_pretrained(
-            base, config=config, trust_remote_code=True, dtype=dtype, device_map=device
+            base,
+            config=config,
+            trust_remote_code=True,
+            dtype=dtype,
+            device_map=device,
+            **quantised,
         )
         if base == model:
             return loaded
@@ -92,6 +103,7 @@ def prepare_model(
             vision_tokens=vision_tokens,
             new_tokens=new_tokens,
             dtype=dtype,
+            quantization=quantised.get("quantization_config"),
             # What "auto" puts on which device is not known before it is done.
             device=None if device == "auto" else device,
             processes=processes,

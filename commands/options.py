@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from commands.quantized_loading import HELP, LOAD_IN
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -14,6 +16,7 @@ def add_options(parser) -> None:
     group.add_argument(
         "--attention", choices=("sparse", "dense"), help="of vision tokens (default: the model's)"
     )
+    group.add_argument("--load-in", "--load_in", choices=LOAD_IN, help=HELP)
     group.add_argument("--max-new-tokens", type=int, metavar="N")
 
     group = parser.add_argument_group("what is taken of the videos")

@@ -23,7 +23,8 @@ PACKAGES = {  # of each name, the package and what it is imported as
     "quanto-float8": ("optimum-quanto", "optimum.quanto"),
 }
 LOAD_IN = tuple(PACKAGES)
-HELP = f"weights of 8 or 4 bits, quantised while they load: {', '.join(LOAD_IN)}"
+TRAINABLE = ("4bit", "8bit")  # under adapters
+HELP = "quantise the language model's weights to 8 or 4 bits while they load"
 
 
 def quantization_config(name: str):
@@ -51,9 +52,27 @@ def quantization_config(name: str):
     return TorchAoConfig(_torchao_type(name))
 
 
+def check_savable(name: str) -> None:
+    """Raise ValueError where weights that are loaded so cannot be saved."""
+    if name.startswith("quanto"):
+        others = (other for other in LOAD_IN if not other.startswith("quanto"))
+        raise ValueError(
+            f"--load_in {name}: transformers does not save quanto's weights. Choose from "
+            f"{', '.join(others)}."
+        )
+
+
 def loading_options(name: str | None) -> dict:
     """What `from_pretrained` takes for a name of `LOAD_IN`; nothing for None."""
     return {} if name is None else {"quantization_config": quantization_config(name)}
+
+
+def plain_state_dict(model) -> dict:
+    """The state dict of a model, quantised weights taken apart into plain tensors."""
+    quantizer, state = getattr(model, "hf_quantizer", None), None
+    if quantizer is not None:
+        state, _ = quantizer.get_state_dict_and_metadata(model)
+    return model.state_dict() if state is None else state
 
 
 def bits_of(name: str) -> dict:

@@ -94,8 +94,10 @@ def test_a_prompt_longer_than_the_model_was_made_for_is_answered_with_one_notice
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("ask.py: notice: the model was made for 4,096 tokens;")
-    assert len(done.stderr.splitlines()) == 1
+    # torch logs (W1128 00:44:01 ...) that torchao, where it is installed, calls what is deprecated.
+    said = [line for line in done.stderr.splitlines() if not re.match(r"W\d{4} \S+ ", line)]
+    assert len(said) == 1
+    assert said[0].startswith("ask.py: notice: the model was made for 4,096 tokens;")
 
 
 def test_ctrl_c_ends_it_at_once(folder):

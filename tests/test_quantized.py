@@ -3,6 +3,9 @@
 Each library's tests are skipped where it is not installed; torchao's int4 needs a GPU.
 """
 
+import json
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -10,9 +13,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
+import ask
+from commands.checkpoint_files import listed_files
+from commands.evaluation_manifest import weights_digest
+from commands.model_loading import prepare_model
 from commands.quantized_loading import LOAD_IN, PACKAGES, loading_options, quantization_config
+from convert_checkpoint import convert
+from finetuning import ROW, losses, run, write_rows
 from paths import ROOT
-from tiny import Prompts, config_fields
+from tiny import Prompts, config_fields, stock_twin
 
 ON_A_CPU = [name for name in LOAD_IN if name != "int4"]
 KEPT = {"g_proj_1", "g_proj_2", "lm_head"}
@@ -166,3 +175,92 @@ def test_the_tiny_checkpoint_answers_the_same_in_8_bit(name):
         if not options:
             expected = answers
     assert answers == expected
+
+
+def test_ask_loads_quantised_and_forecasts_it(monkeypatch):
+    need("4bit")
+    whole, small = (prepare_model(str(ROOT), "cpu", load_in=name) for name in (None, "4bit"))
+    sizes = [model.forecast_memory(1000, 900, 8).weights for model in (whole, small)]
+    assert sizes[1] < 0.8 * sizes[0]
+    assert quantised_parts(small.load()) == (LANGUAGE, set())
+    with pytest.raises(SystemExit):
+        ask.parse_arguments(["a.mp4", "?", "--load-in", "5bit"])
+    assert ask.parse_arguments(["a.mp4", "?", "--load_in", "8bit"]).load_in == "8bit"
+
+
+@pytest.mark.parametrize("name", ["4bit", "int8"])
+def test_a_conversion_may_end_quantised(name, wide, tmp_path, capsys):
+    need(name)
+    source, out = make_source(wide, tmp_path / "source"), tmp_path / "out"
+    assert convert(source, out, load_in=name)["added"]
+    assert quantised_parts(load(out)) == (LANGUAGE, set())
+    assert logits(load(out)).isfinite().all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    assert {"README.md", "tokenizer.json", "modeling_videonsa.py"} <= set(listed_files(out))
+    assert convert(source, out, load_in=name) is None
+    assert "nothing to convert" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match="not the result of this conversion"):
+        convert(source, out, load_in=name, gate_value=0.5)
+    with pytest.raises(ValueError, match="does not save quanto's weights"):
+        convert(source, tmp_path / "other", load_in="quanto-int8")
+
+
+def make_source(wide, folder):
+    """A Qwen2.5-VL of these sizes, without gates."""
+    model = load(wide)
+    stock_twin(model).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(ROOT / name, folder / name)
+    image = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    image |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.3, 0.3]}
+    image |= {"image_processor_type": "Qwen2_5_VLImageProcessor", "max_pixels": 12544}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**image, "min_pixels": 3136}))
+    return folder
+
+
+def test_digests_tell_quantised_weights_apart(wide):
+    for name in ("4bit", "int8"):
+        need(name)
+    digests = {weights_digest(load(wide, name)) for name in (None, "4bit", "8bit", "int8")}
+    assert len(digests) == 4
+
+
+def test_adapters_train_over_4_bits_and_merge_into_whole_weights(folder, tmp_path):
+    """Gates train whole beside them; the run goes on from its checkpoint as if never stopped."""
+    need("4bit")
+    pytest.importorskip("peft")
+    data = write_rows(folder / "quantised.jsonl", [ROW])
+    settings = {"load_in": "4bit", "lora_r": 4, "merge_lora": True, "gate_lr": 1e-3}
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    trainer = run(data, tmp_path / "out", max_steps=4, **settings)
+    bits = [name for name, x in trainer.base.named_parameters() if x.dtype == torch.uint8]
+    assert {name.replace(".base_layer", "").split(".")[-2] for name in bits} == LANGUAGE
+    trained = {name: x for name, x in trainer.model.named_parameters() if x.requires_grad}
+    assert {x.dtype for x in trained.values()} == {torch.float32}
+    assert all("lora_" in name or ".g_proj_" in name for name in trained)
+    seen = losses(trainer)
+    assert seen[-1] < seen[0]
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    again = run(data, tmp_path / "out", max_steps=4, resume_from_checkpoint="last", **settings)
+    assert losses(again)[-2:] == pytest.approx(seen[-2:], rel=1e-5)
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert quantised_parts(merged) == (set(), set())
+    assert not hasattr(merged.config, "quantization_config")
+    whole = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True)
+    changed = [
+        name
+        for (name, one), other in zip(merged.named_parameters(), whole.parameters(), strict=True)
+        if not torch.equal(one.float(), other.float())
+    ]
+    assert {name.split(".")[-2] for name in changed} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "g_proj_1", "g_proj_2")
+    }
+
+
+def test_flags_that_do_not_train_quantised_are_refused(folder, tmp_path, wide):
+    need("4bit")
+    data = write_rows(folder / "quantised.jsonl", [ROW])
+    with pytest.raises(ValueError, match="without --lora_r: quantised weights do not train"):
+        run(data, tmp_path, load_in="4bit")
+    with pytest.raises(ValueError, match="--load_in is 'int4'; adapters train over 4bit or 8bit"):
+        run(data, tmp_path, load_in="int4", lora_r=4)

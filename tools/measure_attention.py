@@ -36,7 +36,13 @@ def read_questions(files):
 
 def watch(options):
     """(records, one a video; most-read shares over even ones, a list by kind of question)."""
-    model = prepare_model(options.model, options.device, options.backend, options.attention)
+    model = prepare_model(
+        options.model,
+        options.device,
+        options.backend,
+        options.attention,
+        options.load_in,
+    )
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     loaded, records, peaks = model.load(), {}, defaultdict(list)
     for video, question, kind in read_questions(options.data):
