@@ -20,7 +20,7 @@ from pathlib import Path
 from transformers import AutoProcessor
 from transformers.utils import logging
 
-from commands.attention_view import WatchedConversation
+from commands.attention_view import MOST_FOR_SINKS, WatchedConversation
 from commands.conversation import is_media
 from commands.model_loading import prepare_model
 from commands.options import add_options, video_settings
@@ -42,9 +42,10 @@ def parse_arguments(argv=None):
         help="moments whose selected blocks are drawn (default: a few, spread over the video)",
     )
     parser.add_argument(
-        "--no-sinks",
-        action="store_true",
-        help="leave attention sinks out, which take a time that grows with the tokens' square",
+        "--sinks",
+        action=argparse.BooleanOptionalAction,
+        help="look for attention sinks, which takes a time that grows with the tokens' square "
+        f"(default: up to {MOST_FOR_SINKS:,} vision tokens)",
     )
     add_options(parser)
     options = parser.parse_args(argv)
@@ -55,9 +56,14 @@ def parse_arguments(argv=None):
     return options
 
 
+def say(message):
+    """One line on stderr."""
+    print("visualize.py:", " ".join(str(message).split()), file=sys.stderr)
+
+
 def fail(message):
     """Ends with exit code 2 and one line on stderr."""
-    print("visualize.py:", " ".join(str(message).split()), file=sys.stderr)
+    say(message)
     sys.exit(2)
 
 
@@ -78,8 +84,9 @@ def make_conversation(options):
         max_tokens=options.max_tokens,
         max_new_tokens=options.max_new_tokens,
         write=functools.partial(print, end="", flush=True),
+        say=say,
     )
-    conversation.sinks = not options.no_sinks
+    conversation.sinks = options.sinks
     return conversation
 
 

@@ -22,7 +22,7 @@ import transformers
 from prefill import CLASSES, make_inputs, make_model, token_times
 
 from commands.attention_layout import locate_vision
-from commands.attention_record import AttentionWatch
+from commands.attention_watch import AttentionWatch
 
 
 def main():

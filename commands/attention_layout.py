@@ -55,21 +55,6 @@ class VisionLayout:
         np.add.at(counts, (np.arange(len(steps)) // block_size, steps), 1)
         return counts / counts.sum(1, keepdims=True)
 
-    def patches(self, blocks, block_size: int, before: int | None = None) -> list[np.ndarray]:
-        """For each step a bool [height, width]: the tokens that lie in one of these blocks.
-
-        blocks: block numbers; -1 is none. before: the packed token after the last one that counts,
-        for what a query sees of its own block.
-        """
-        blocks = np.asarray(blocks).ravel()
-        blocks = np.unique(blocks[blocks >= 0])
-        tokens = (blocks[:, None] * block_size + np.arange(block_size)).ravel()
-        tokens = self.packed[tokens[tokens < (len(self.packed) if before is None else before)]]
-        lit = [np.zeros((h, w), bool) for h, w in zip(self.height, self.width, strict=True)]
-        for token, step in zip(tokens, self.step_of_token[tokens], strict=True):
-            lit[step].flat[token - self.first_token[step]] = True
-        return lit
-
 
 def locate_vision(config, inputs, seconds: list | None = None) -> VisionLayout:
     """The layout of one prompt from the processor's outputs for the whole conversation.
@@ -88,13 +73,9 @@ def locate_vision(config, inputs, seconds: list | None = None) -> VisionLayout:
     sparse = {
         getattr(config, f"{modality}_token_id") for modality in config.text_config.nsa_modalities
     }
-    steps, step_of_token = [], np.full(len(ids), -1)
-    for number, (start, grid, times) in enumerate(_media(config, ids, inputs, seconds)):
-        time, height, width = grid
-        for step in range(time):
-            token = start + step * height * width
-            step_of_token[token : token + height * width] = len(steps)
-            steps.append((number, height, width, token, *times[step]))
+    steps, step_of_token = list(_steps(config, ids, inputs, seconds)), np.full(len(ids), -1)
+    for number, (_, height, width, token, _, _) in enumerate(steps):
+        step_of_token[token : token + height * width] = number
     if not steps:
         raise ValueError(
             "the prompt has no image and no video, so there is nothing to look at; give one."
@@ -117,38 +98,60 @@ def step_seconds(metadata, temporal_patch_size: int = 2) -> list[float]:
     return [index / metadata.fps for index in metadata.frames_indices[::temporal_patch_size]]
 
 
-def _media(config, ids, inputs, seconds):
-    """Yields (first token, [steps, rows, columns] in tokens, [(from, to)] seconds) of each."""
-    merge = config.vision_config.spatial_merge_size
-    queues = {}
-    for kind in ("image", "video"):
-        grid = inputs.get(f"{kind}_grid_thw")
-        grid = [] if grid is None else torch.as_tensor(grid).tolist()
-        queues[getattr(config, f"{kind}_token_id")] = iter(
-            [(time, height // merge, width // merge) for time, height, width in grid]
-        )
-    each = inputs.get("second_per_grid_ts")
-    each = None if each is None else [float(number) for number in each]
-    videos, token = 0, 0
+def _steps(config, ids, inputs, seconds):
+    """Yields (medium, height, width, first token, from, to) of each step, in the prompt's order.
+
+    A step's tokens are neighbours; between the steps of a video there may be text, its timestamps.
+    """
+    names = {getattr(config, f"{kind}_token_id"): kind for kind in ("image", "video")}
+    coming = {token: iter(_grids(config, kind, inputs, seconds)) for token, kind in names.items()}
+    waiting = {token: [] for token in names}  # steps of the medium that is being read
+    token, medium = 0, -1
     while token < len(ids):
-        if ids[token] not in queues:
+        own = ids[token]
+        if own not in names:
             token += 1
             continue
-        grid = next(queues[ids[token]], None)
-        if grid is None or token + np.prod(grid) > len(ids):
-            raise ValueError(
-                f"token {token} stands for an image or video that no grid accounts for; pass all "
-                "that the processor returned, of the whole conversation."
-            )
-        if ids[token] == config.image_token_id:
-            times = [(IMAGE_TIME, IMAGE_TIME)] * grid[0]
+        if not waiting[own]:
+            medium += 1
+            waiting[own] = [(medium, *step) for step in next(coming[own], [])]
+        step = waiting[own].pop(0) if waiting[own] else None
+        size = step[1] * step[2] if step else 0
+        if not size or (ids[token : token + size] == own).sum() < size:
+            raise _misfit(names[own], token)
+        number, height, width, *span = step
+        yield number, height, width, token, *span
+        token += size
+    for own, missing in waiting.items():
+        if missing:
+            raise _misfit(names[own], token)
+
+
+def _misfit(kind, token):
+    return ValueError(
+        f"the {kind} tokens up to token {token} do not fit {kind}_grid_thw; pass all that the "
+        "processor returned, of the whole conversation."
+    )
+
+
+def _grids(config, kind, inputs, seconds):
+    """[(height, width, from, to) of each step] of each image or video; sides in tokens."""
+    merge, grids = config.vision_config.spatial_merge_size, inputs.get(f"{kind}_grid_thw")
+    each = inputs.get("second_per_grid_ts")
+    each = [] if each is None else [float(number) for number in each]
+    grids = [] if grids is None else torch.as_tensor(grids).tolist()
+    for number, (time, height, width) in enumerate(grids):
+        if kind == "image":
+            begins, ends = [IMAGE_TIME] * time, [IMAGE_TIME] * time
         else:
-            apart = each[videos] if each and videos < len(each) else 1.0
-            begins = [step * apart for step in range(grid[0])]
-            if seconds is not None:
-                begins = list(seconds[videos])
+            apart = each[number] if number < len(each) else 1.0
+            begins = [step * apart for step in range(time)]
+            begins = begins if seconds is None else list(seconds[number])
+            if len(begins) != time:
+                raise ValueError(
+                    f"seconds has {len(begins)} numbers for video {number}; wanted one for each "
+                    f"of its {time} temporal steps."
+                )
             ends = [*begins[1:], begins[-1] + apart]
-            times = list(zip(begins, ends, strict=True))
-            videos += 1
-        yield token, grid, times
-        token += int(np.prod(grid))
+        sides = [(height // merge, width // merge)] * time
+        yield [(*side, *span) for side, *span in zip(sides, begins, ends, strict=True)]

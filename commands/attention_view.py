@@ -16,9 +16,11 @@ from PIL import Image
 
 from commands.attention_frames import SeenPixels
 from commands.attention_layout import locate_vision
-from commands.attention_record import AttentionRecord, AttentionWatch
+from commands.attention_record import AttentionRecord
+from commands.attention_watch import AttentionWatch
 from commands.conversation import Conversation, media_of
 
+MOST_FOR_SINKS = 16384  # vision tokens; looking for sinks takes a time that grows with the square
 STANDS_OUT = 2.0  # times what an even reading would give
 
 
@@ -91,7 +93,8 @@ class WatchedConversation(Conversation):
     """A conversation of one question, answered while it is recorded what is attended to; turns of
     before (`earlier`) are read again with it.
 
-    sinks: as for `AttentionWatch`.
+    sinks: as for `AttentionWatch`; None looks for them in at most MOST_FOR_SINKS vision tokens, and
+        says so where there are more.
     """
 
     sinks = False
@@ -132,8 +135,19 @@ class WatchedConversation(Conversation):
     def generate(self, inputs):
         if self.model is None:
             self.model = self.load_model()
-        layout = locate_vision(self.model.config, inputs, self.seconds)
-        self.watch, self.seen = AttentionWatch(self.model, layout, self.sinks), {}
+        steps = [] if "video_grid_thw" not in inputs else inputs["video_grid_thw"][:, 0].tolist()
+        # Others where a file was not as it was measured, and was planned again.
+        seconds = self.seconds if [*map(len, self.seconds)] == steps else None
+        layout = locate_vision(self.model.config, inputs, seconds)
+        sinks, tokens = self.sinks, len(layout.packed)
+        if sinks is None:
+            sinks = tokens <= MOST_FOR_SINKS
+            if not sinks:
+                self.say(
+                    f"notice: attention sinks are left out, because of {tokens:,} vision tokens; "
+                    "--sinks looks for them all the same"
+                )
+        self.watch, self.seen = AttentionWatch(self.model, layout, sinks), {}
         for kind, pixels, processor in (
             ("image", "pixel_values", self.processor.image_processor),
             ("video", "pixel_values_videos", self.processor.video_processor),

@@ -8,7 +8,8 @@ from videonsa import attention_videonsa
 
 from commands import attention_sinks
 from commands.attention_layout import locate_vision
-from commands.attention_record import CHUNK_ELEMENTS, AttentionRecord, AttentionWatch
+from commands.attention_record import AttentionRecord
+from commands.attention_watch import CHUNK_ELEMENTS, AttentionWatch
 from tiny import VIDEO, make_model
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": list(range(5))}
@@ -105,18 +106,35 @@ def test_the_layout_knows_where_every_vision_token_stands(model, inputs):
 
 
 def test_blocks_are_the_patches_that_they_hold(model, inputs):
-    """Block 1 ends frame 0 and begins frame 1; block 7 has two tokens."""
-    lit = locate_vision(model.config, inputs).patches([[1, 7], [-1, 1]], B)
-    assert [x.astype(int).tolist() for x in lit] == [
+    """Block 1 ends frame 0 and begins frame 1; block 7 has two tokens, of which one is seen."""
+    record, _ = recorded(model, inputs)
+    record.chosen_tokens[5], record.chosen_blocks[:, :, 5] = 28, torch.tensor([1, -1])
+    record.chosen_blocks[1, :, 5] = torch.tensor([1, 7])
+    lit = record.selected_patches(5)
+    assert [x.tolist() for x in lit] == [
         [[0, 0, 0], [0, 1, 1]],
         [[1, 1, 0], [0, 0, 0]],
         [[0, 0, 0], [0, 0, 0]],
         [[0, 0]],
         [[0, 0, 0, 0, 0]],
-        [[0, 0, 0, 1, 1]],
+        [[0, 0, 0, 0.5, 0]],
     ]
-    seen = locate_vision(model.config, inputs).patches([1], B, before=7)
-    assert seen[1].astype(int).tolist() == [[1, 0, 0], [0, 0, 0]]
+    assert [x.sum() for x in record.selected_patches(5, layer=0, group=1)] == [2, 2, 0, 0, 0, 0]
+
+
+def test_timestamps_between_the_steps_of_a_video_are_text(model, prompts):
+    """As `timestamps=True` of the processor writes them, before each step."""
+    ids, media = prompts.row(2, ("video", 3, 1, 2), 4)
+    start = ids.index(VIDEO)
+    for step in range(3):
+        ids[start + 4 * step : start + 4 * step] = prompts.words(2)
+    inputs = in_float64(prompts.batch((ids, media)))
+    layout = locate_vision(model.config, inputs)
+    assert layout.first_token.tolist() == [start + 2, start + 6, start + 10]
+    assert layout.packed_steps.tolist() == [0, 0, 1, 1, 2, 2] and layout.medium.tolist() == [0] * 3
+    record, _ = recorded(model, inputs)
+    assert (record.selections.sum((2, 3)) == 4 + 2 * 2).all()
+    np.testing.assert_allclose(record.text_attention.sum(-1), 1, atol=1e-6)
 
 
 def test_selections_and_gates_are_those_of_a_brute_force(model, inputs, monkeypatch):
@@ -334,6 +352,9 @@ REFUSED = {
     "two prompts": ("input_ids hold 2 prompts; attention is recorded of one alone", {}),
     "padding": ("the prompt is padded", {}),
     "beams": ("a batch of 2 rows ran", {"num_beams": 2}),
+    "more steps": ("the video tokens up to token 46 do not fit video_grid_thw", {}),
+    "fewer steps": ("the video tokens up to token 21 do not fit video_grid_thw", {}),
+    "other seconds": ("seconds has 2 numbers for video 0; wanted one for each of its 3", {}),
     "another prompt": ("30 vision tokens ran, but the layout has 12", {}),
 }
 
@@ -346,12 +367,15 @@ def test_what_cannot_be_recorded_is_refused(model, prompts, inputs, case):
     given = prompts.batch(*rows[case]) if case in rows else inputs
     if case == "padding":
         given = dict(inputs, attention_mask=(torch.arange(46) > 0).long()[None])
-    layout = None
+    if case in ("more steps", "fewer steps"):
+        steps = [[3, 4, 6], [3, 2, 10]] if case == "more steps" else [[2, 4, 6], [2, 2, 10]]
+        given = dict(inputs, video_grid_thw=torch.tensor(steps))
+    layout, seconds = None, [[0, 1], [0, 1]] if case == "other seconds" else None
     with pytest.raises(ValueError, match=message):
-        layout = locate_vision(model.config, small if case == "another prompt" else given)
+        layout = locate_vision(model.config, small if case == "another prompt" else given, seconds)
         with AttentionWatch(model, layout):
             model.generate(**given, **GREEDY | options)
-    assert (layout is None) == (case in ("text alone", "two prompts", "padding"))
+    assert (layout is None) == (case not in ("beams", "another prompt"))
 
 
 def test_the_released_semantics_are_refused(prompts):

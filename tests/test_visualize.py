@@ -12,6 +12,7 @@ from transformers import AutoProcessor
 
 import clips
 import visualize
+from commands import attention_view
 from commands.attention_record import AttentionRecord
 from paths import ROOT
 
@@ -173,6 +174,18 @@ def test_a_long_video_shows_some_frames_and_all_numbers(folder, tmp_path):
     frames, answer = figure.axes[:2]
     assert len(frames.images) == drawing.MOST_FRAMES and len(answer.patches) == 32
     write_page(view, tmp_path / "out")
+
+
+def test_sinks_of_many_tokens_are_left_out_and_that_is_said(folder, monkeypatch, capsys):
+    monkeypatch.setattr(attention_view, "MOST_FOR_SINKS", 74)
+    options = [folder / "five.mp4", "What?", "--max-new-tokens", 2]
+    assert look(*options).record.sink_ratios is None
+    assert "visualize.py: notice: attention sinks are left out, because of 75" in (
+        capsys.readouterr().err
+    )
+    assert look(*options, "--sinks").record.sink_ratios is not None
+    assert look(*options, "--no-sinks").record.sink_ratios is None
+    assert "sinks" not in capsys.readouterr().err
 
 
 def test_dense_vision_has_no_blocks_to_show(folder, tmp_path):
