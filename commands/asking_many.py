@@ -220,6 +220,7 @@ class AskingMany:
         if not reason:
             for asked in batch:
                 self.chat.notice_length(asked.turn)
+            self.chat.load()  # what fails here is no file's fault, and ends it
             try:
                 yield from self._answer(batch)
                 return

@@ -274,6 +274,11 @@ class Conversation:
             text = text.removeprefix(tokenizer.eos_token)
         return text
 
+    def load(self):
+        """Loads the model's weights, if that was not done."""
+        if self.model is None:
+            self.model = self.load_model()
+
     def generate(self, inputs):
         """The model's outputs, or None when it ran out of memory; the cache is then as before."""
         cached = next(iter(self.cache.values()), None)
@@ -281,8 +286,7 @@ class Conversation:
         streamer = None if self.write is None else Writer(self.processor.tokenizer, self.write)
         pixels, output = inputs.get("pixel_values_videos"), None
         try:
-            if self.model is None:
-                self.model = self.load_model()
+            self.load()
             output = self.model.generate(
                 **inputs.to(self.model.device),
                 **self.cache,

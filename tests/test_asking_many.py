@@ -255,6 +255,16 @@ def test_a_full_disk_ends_it(folder, model, tmp_path, monkeypatch):
         ask_about(model, [folder / "clip2.mp4"], ["What?"], out)
 
 
+def test_a_model_that_cannot_be_loaded_ends_it(folder, model, tmp_path):
+    def lost():
+        raise OSError("no file named model.safetensors")
+
+    out = tmp_path / "rows.jsonl"
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        ask_about((model[0]._replace(load=lost), model[1]), [folder / "clip2.mp4"], ["What?"], out)
+    assert read(out) == []
+
+
 def test_it_is_asked_from_a_shell(ask, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     out = tmp_path / "new" / "rows.csv"
     command = [folder, "What is shown?", "--out", out, "--max-new-tokens", 2, "--max-frames", 4]
