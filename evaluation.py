@@ -171,7 +171,7 @@ def ask_rows(options, argv):
     try:
         EvaluatedModel.folder = Path(options.output_path) / "answers"
         for name in options.data:  # what cannot be read is known before the model is loaded
-            read_questions(name, options.data_root, limit)
+            read_questions(name, options.data_root)
         model = EvaluatedModel(**settings | {"batch_size": int(options.batch_size)})
         results = evaluate_rows(
             model, options.data, options.output_path, run, options.data_root, limit

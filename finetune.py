@@ -42,6 +42,7 @@ from commands.finetuning_saving import (
     how_to_go_on,
     make_papers,
     save_result,
+    with_scores,
 )
 from commands.finetuning_summary import print_next_steps, summarize
 from commands.finetuning_trainer import VideoNSATrainer
@@ -104,7 +105,7 @@ def prepare(argv):
         return None
 
     transformers.set_seed(args.seed)
-    papers = make_papers(model_args, data_args.data, args)
+    papers = make_papers(model_args, data_args, args)
     model = load_model(model_args, args)
     if checkpoint is not None:
         check_keys(model, checkpoint)
@@ -133,6 +134,7 @@ def train(trainer, checkpoint, model_args, data_args):
             print(f"\n{how_to_go_on(trainer.args, trainer.state.global_step)}")
         sys.exit(130)
     scores = trainer.last_evaluation()
+    trainer.papers = with_scores(trainer.papers, scores, data_args.eval_data)
     save_result(trainer, model_args)
     if is_first:
         print_next_steps(trainer.args, scores)

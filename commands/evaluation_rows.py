@@ -21,12 +21,12 @@ from commands.questions import is_exact, questions_of
 SPLIT = "data"  # lmms-eval's tasks have splits, a file has one
 
 
-def read_questions(name: str, root: str | None = None, limit: int | None = None) -> list[dict]:
+def read_questions(name: str, root: str | None = None) -> list[dict]:
     """The questions of a data set, in its order, each with its "row" number, from 1.
 
-    limit: at most so many.  A question has "messages" of the prompt and the "right" answer. Raises
-    RefusedRow where a row cannot be read, as a score without it would be another set's; media that
-    are not there are a question's "error".
+    A question has "messages" of the prompt and the "right" answer. Raises RefusedRow where a row
+    cannot be read, as a score without it would be another set's; media that are not there are a
+    question's "error".
     """
     rows, folder, numbers = read_set(name, seed=42)
     questions = []
@@ -40,8 +40,6 @@ def read_questions(name: str, root: str | None = None, limit: int | None = None)
         for prompt, right in questions_of(messages):
             question = {"row": number + 1, "messages": prompt, "right": right, "error": error}
             questions.append(question)
-            if len(questions) == limit:
-                return questions
     if not questions:
         raise ValueError(f"there are no rows in {name}.")
     return questions
@@ -55,7 +53,8 @@ def evaluate_rows(model: EvaluatedModel, names, output_path, run, root=None, lim
     """
     results = []
     for name in names:
-        questions = read_questions(name, root, limit)
+        every = read_questions(name, root)
+        questions = every[:limit]
         ours = range(
             model.accelerator.process_index, len(questions), model.accelerator.num_processes
         )
@@ -71,7 +70,7 @@ def evaluate_rows(model: EvaluatedModel, names, output_path, run, root=None, lim
                 "right": question["right"],
                 "exact": is_exact(records[number].get("answer", ""), question["right"]),
             }
-        counted = _count(questions, records)
+        counted = _count(questions, records, len(every))
         scores = {"exact_match": sum(r["exact"] for r in records.values()) / len(questions)}
         if counted["multiple_choice"]["questions"]:
             scores["multiple_choice"] = counted["multiple_choice"]["accuracy"]
@@ -108,7 +107,7 @@ def _sample(task, number, question, generation):
     return sample
 
 
-def _count(questions, records):
+def _count(questions, records, of):
     """`summarize` for questions of rows: how many, what was not read, and the multiple choice."""
     logged = [
         {
@@ -120,4 +119,4 @@ def _count(questions, records):
         }
         for number, question in enumerate(questions)
     ]
-    return summarize(logged, records, {SPLIT: [{}] * len(questions)})
+    return summarize(logged, records, {SPLIT: [{}] * of})

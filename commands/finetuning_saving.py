@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import transformers
 from accelerate import PartialState
 from huggingface_hub import HfApi
@@ -28,7 +29,7 @@ from commands.checkpoint_files import (
     upload,
 )
 from commands.finetuning_model import run_dtype
-from commands.model_card import HUB_ID, find_file, make_card
+from commands.model_card import HUB_ID, Score, add_scores, find_file, make_card
 
 logger = transformers.utils.logging.get_logger("finetune")
 
@@ -255,14 +256,14 @@ class Papers(NamedTuple):
     adapter_card: str
 
 
-def make_papers(model_args, data, args) -> Papers:
+def make_papers(model_args, data_args, args) -> Papers:
     """The papers of all that a run saves, made once at its start.
 
     The card names the data: sets on the Hub by their ids, files by name, no path of this machine.
     """
     base, revision = model_args.model_name_or_path, model_args.model_revision
     called = base if _is_hub_id(base) else Path(base).resolve().name
-    sources = [name.partition("%")[0] for name in data]
+    sources = [name.partition("%")[0] for name in data_args.data]
     on_hub = list(dict.fromkeys(s.partition(":")[0] for s in sources if _is_hub_id(s)))
     named = [f"[{one}](https://huggingface.co/datasets/{one})" for one in on_hub]
     named += dict.fromkeys(f"`{Path(one).name}`" for one in sources if not _is_hub_id(one))
@@ -271,12 +272,55 @@ def make_papers(model_args, data, args) -> Papers:
         how += f" with adapters of rank {model_args.lora_r}"
     name = (args.hub_model_id if args.push_to_hub else None) or Path(args.output_dir).resolve().name
     description = f"{called}, fine-tuned by VideoNSA's `finetune.py`: {how}, on {', '.join(named)}."
+    description += f"\n\n{_settings_table(model_args, data_args, args)}"
     licence = find_file(base, "LICENSE", revision)
     common = {"revision": revision, "datasets": on_hub}
     return Papers(
         licence.read_text(encoding="utf-8") if licence else None,
-        make_card(name, base, description, **common),
-        make_card(name, base, description, **common, adapter_of=called),
+        make_card(name, base, description, **common, relation="finetune"),
+        make_card(name, base, description, **common, relation="adapter", adapter_of=called),
+    )
+
+
+def _settings_table(model_args, data_args, args):
+    """What the run was asked for, as a table of the card."""
+    rates = {part: args.rate(part) for part in model_args.parts}
+    same = len(set(rates.values())) == 1
+    rate = ", ".join(f"{part} {value:g}" for part, value in rates.items())
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    video = {**data_args.video_settings(), "max_tokens": data_args.max_tokens}
+    video = ", ".join(f"{name} {value}" for name, value in video.items() if value is not None)
+    steps = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    rows = {
+        "trained for": f"{steps} of {batch} conversations",
+        "learning rate": f"{args.learning_rate:g}" if same else rate,
+        "schedule": f"{args.lr_scheduler_type.value}, warmup {args.warmup_steps:g}",
+        "optimizer": f"{getattr(args.optim, 'value', args.optim)}, weight decay "
+        f"{args.weight_decay:g}",
+        "adapters": f"rank {model_args.lora_r}, alpha "
+        f"{model_args.lora_alpha or 2 * model_args.lora_r:g}"
+        if model_args.lora_r
+        else None,
+        "videos": video or "as the checkpoint's processor takes them",
+        "computed in": str(run_dtype(args)).removeprefix("torch."),
+        "seed": args.seed,
+        "libraries": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| training | |", "| --- | --- |", *lines])
+
+
+def with_scores(papers: Papers, metrics: dict, eval_data: list[str]) -> Papers:
+    """The papers with the scores of --eval_data, where there are any."""
+    if not metrics:
+        return papers
+    data = ", ".join(name if _is_hub_id(name) else Path(name).name for name in eval_data)
+    scores = [Score(data, "loss", metrics["eval_loss"], metrics["eval_samples"])]
+    if "eval_exact_match" in metrics:
+        exact, count = metrics["eval_exact_match"], metrics["eval_answers"]
+        scores.append(Score(data, "exact_match", exact, count))
+    return papers._replace(
+        card=add_scores(papers.card, scores), adapter_card=add_scores(papers.adapter_card, scores)
     )
 
 

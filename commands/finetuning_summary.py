@@ -134,7 +134,7 @@ def forecast_memory(config, model_args, args, longest):
 
 
 def print_next_steps(args, scores: dict):
-    """Says where the result of a run is, how good it is, and how it is asked and published."""
+    """Says where the result of a run is, how good it is, and what to do with it."""
     out = Path(args.output_dir)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"The result is in {out}, {size / 2**20:,.1f} MiB of weights.")
@@ -144,5 +144,6 @@ def print_next_steps(args, scores: dict):
             exact = f", exact match {scores['eval_exact_match']:.1%} of {scores['eval_answers']}"
         print(f"  on --eval_data: loss {scores['eval_loss']:.4g}{exact}")
     print(f'  ask it:         python ask.py --model {out} VIDEO "QUESTION"')
+    print(f"  evaluate it:    python evaluation.py --model {out} --data SET")
     name = f"YOU/{out.resolve().name}"
     print(f"  publish it:     python tools/publish.py --model {out} --repo-id {name}", flush=True)

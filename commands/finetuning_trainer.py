@@ -131,6 +131,7 @@ class VideoNSATrainer(Trainer):
             exact, asked = self.accelerator.reduce(counts).tolist()
             output.metrics[f"{metric_key_prefix}_exact_match"] = exact / max(asked, 1)
             output.metrics[f"{metric_key_prefix}_answers"] = int(asked)
+        output.metrics[f"{metric_key_prefix}_samples"] = output.num_samples
         return output
 
     def last_evaluation(self) -> dict:

@@ -1,14 +1,17 @@
 """The card (README.md) of a checkpoint that was made from another: licence, lineage and use."""
 
+import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
-from huggingface_hub import ModelCardData, hf_hub_download, metadata_load
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from commands.checkpoint_files import file_inside
 
+SCORES = "## Scores"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CARD = """\
 ---
@@ -61,20 +64,23 @@ def make_card(
     revision: str | None = None,
     datasets: list[str] | None = None,
     adapter_of: str | None = None,
+    relation: str | None = None,
 ) -> str:
     """The text of the README.md of a checkpoint that was made from `source`.
 
     name: what to load it by: the name of its folder, or its id on the Hub.  source: the folder or
     Hub id, with `revision`, whose card gives the licence and, for a folder, the base model.
     description: Markdown on what was done to the source.  datasets: Hub ids of its training data.
-    adapter_of: for an adapter, what to load its base by.
+    adapter_of: for an adapter, what to load its base by.  relation: to its base, as the Hub has it:
+    finetune or adapter.
     """
     source_card = read_metadata(source, revision)
     own = {key: source_card[key] for key in source_card if key.startswith("license")}
     own = own or {"license": "other", "license_name": "as-the-source"}
     header = ModelCardData(
         **own,
-        base_model=base_model(source, revision),
+        base_model=(base := base_model(source, revision)),
+        base_model_relation=relation if base else None,
         datasets=datasets or None,
         library_name="transformers",
         pipeline_tag="video-text-to-text",
@@ -92,6 +98,80 @@ def make_card(
         needs="`pip install -r requirements.txt`" if adapter_of is None else "`pip install peft`",
         commands=commands,
     )
+
+
+class Score(NamedTuple):
+    """One number of a card: `value` of `metric` on the data set `data`, over `samples`."""
+
+    data: str
+    metric: str
+    value: float
+    samples: int
+    note: str = ""
+
+
+def add_scores(card: str, scores: list[Score]) -> str:
+    """The text of a card with a table of scores, and in its metadata, where the Hub reads them."""
+    card = ModelCard(card)
+    name = _title(card.text)
+    results = [
+        EvalResult(
+            task_type="video-text-to-text",
+            dataset_type=one.data,
+            dataset_name=one.data,
+            metric_type=one.metric,
+            metric_value=round(one.value, 4),
+        )
+        for one in scores
+    ]
+    card.data.model_name, card.data.eval_results = name, (card.data.eval_results or []) + results
+    rows = [f"| {s.data} | {s.metric} | {s.value:.4g} | {s.samples} | {s.note} |" for s in scores]
+    if SCORES not in card.text:
+        head = "| data | metric | score | of | settings |\n| --- | --- | --- | --- | --- |"
+        rows = ["", SCORES, "", head, *rows]
+    card.text = card.text.rstrip("\n") + "\n" + "\n".join(rows) + "\n"
+    return str(card)
+
+
+def read_scores(manifest: Path) -> tuple[str, list[Score]]:
+    """(what the checkpoint was given as, its scores) of a manifest of evaluation.py."""
+    told = json.loads(Path(manifest).read_text(encoding="utf-8"))
+    taken, settings = told["settings"]["video"], told["settings"]["attention"]
+    note = ", ".join([settings["asked"], *(f"{name} {value}" for name, value in taken.items())])
+    counted = told["samples"]["scored"]
+    if told["samples"]["of"] > counted:
+        note += f", of {told['samples']['of']}"
+    scores = [
+        Score(told["task"]["name"], metric, value, counted, note)
+        for metric, value in told["scores"].items()
+    ]
+    return told["settings"]["checkpoint"]["name"], scores
+
+
+def rename_card(card: str, name: str, base: str | None = None) -> str:
+    """The text of a card that `make_card` made, for a checkpoint that is loaded as `name`.
+
+    base: for an adapter, what its base is loaded by. Other cards stay as they are.
+    """
+    old = _title(card)
+    if f'from_pretrained("{old}"' not in card:
+        return card
+    card = ModelCard(card)
+    text = card.text.replace(f"# {old}\n", f"# {name}\n", 1).replace(f'"{old}"', f'"{name}"')
+    text = text.replace(f"--model {old} ", f"--model {name} ")
+    if base is not None:
+        loads = "AutoModelForImageTextToText.from_pretrained("
+        text = re.sub(re.escape(loads) + r'"[^"]*"', f'{loads}"{base}"', text)
+        card.data.base_model, card.data.base_model_relation = base, "adapter"
+    card.text = text
+    if card.data.eval_results:
+        card.data.model_name = name
+    return str(card)
+
+
+def _title(text):
+    found = re.search(r"^# (.+)$", text, re.MULTILINE)
+    return found[1] if found else "checkpoint"
 
 
 def base_model(source: str | Path, revision: str | None = None) -> str | None:

@@ -234,12 +234,22 @@ def test_an_adapter_beside_whole_weights_is_not_sent(api, model, capsys):
     assert api.calls == []
 
 
-def test_an_adapter_is_not_sent(api, tmp_path, capsys):
-    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+def test_an_adapter_of_a_folder_is_not_sent(api, tmp_path, capsys):
+    """Users of it would look for that folder on their machines."""
+    for name in ("adapter_model.safetensors", "README.md"):
         (tmp_path / name).touch()
+    config = {"base_model_name_or_path": str(ROOT)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert publish.main(["--model", str(tmp_path), "--repo-id", "me/adapter"]) == 2
-    assert "is an adapter, which does not load by itself" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"is an adapter of {ROOT}, which only this machine has" in error
+    assert "give --base YOU/BASE" in error
     assert api.calls == []
+
+
+def test_a_base_is_of_an_adapter(api, model, capsys):
+    assert publish.main(["--model", str(model), "--repo-id", "me/tiny", "--base", "me/base"]) == 2
+    assert "--base me/base is of an adapter" in capsys.readouterr().err
 
 
 def test_a_target_is_asked_for(capsys):
