@@ -5,7 +5,7 @@ lie on a device are read once for a prompt, and never while decoding.
 """
 
 import torch
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import QuantizedCache, StaticLayer
 from transformers.utils import logging
 
 from .media_features_videonsa import PIXELS, has_media, placeholders_of
@@ -128,6 +128,17 @@ def check_cache(cache, rows: int | None = None) -> None:
         raise ValueError(
             f"the cache has {len(keys)} rows, but there are {rows} of tokens. Pass the cache of "
             "this batch, or one that is new."
+        )
+
+
+def check_exact_cache(cache) -> None:
+    """Raise ValueError where a cache gives back other keys and values than it got."""
+    if isinstance(cache, QuantizedCache):
+        raise ValueError(
+            "a QuantizedCache rounds the keys and values of a prompt's first chunk before its next "
+            "one is read, and all of them anew with each chunk. Read a prompt of several chunks "
+            "onto the default cache, or keep that in the host's memory with "
+            'cache_implementation="offloaded"; or give fewer tokens than prefill_chunk_size.'
         )
 
 

@@ -32,6 +32,7 @@ from .cache_videonsa import use_buffers
 from .call_checks_videonsa import (
     check_cache,
     check_chunk_size,
+    check_exact_cache,
     check_mask,
     check_media,
     check_pixels,
@@ -290,6 +291,7 @@ class VideoNSAModel(Qwen2_5_VLModel):
                 "the prompt cannot be read in chunks without a cache: leave use_cache on, or unset "
                 "prefill_chunk_size."
             )
+        check_exact_cache(cache)
         media = take_media(self, input_ids, inputs_embeds, kwargs)
         tokens = inputs_embeds if input_ids is None else input_ids
         # Read once: the host prepares a chunk while the GPU runs the one before.

@@ -9,7 +9,8 @@ import shutil
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from videonsa import call_checks_videonsa
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
@@ -264,3 +265,31 @@ def test_flags_that_do_not_train_quantised_are_refused(folder, tmp_path, wide):
         run(data, tmp_path, load_in="4bit")
     with pytest.raises(ValueError, match="--load_in is 'int4'; adapters train over 4bit or 8bit"):
         run(data, tmp_path, load_in="int4", lora_r=4)
+
+
+def test_a_quantised_cache_is_refused_for_several_chunks(wide, monkeypatch):
+    """It would give back other keys to the second chunk than the first one wrote."""
+    model, prompts = load(wide), Prompts()
+    inputs = prompts.batch(prompts.row(3, ("video", 8, 4, 4), 4))
+    monkeypatch.setattr(call_checks_videonsa, "QuantizedCache", DynamicCache)  # takes no library
+    with pytest.raises(ValueError, match="a QuantizedCache rounds"):
+        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=64)
+    assert model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=256).shape[0] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LOAD_IN)
+def test_on_a_gpu_quantised_weights_answer_and_load_again(name, wide, tmp_path):
+    need(name)
+    prompts = Prompts()
+    inputs = prompts.batch(prompts.row(3, ("video", 8, 4, 4), 4), device="cuda")
+    with torch.no_grad():
+        whole = load(wide, device_map="cuda")(**inputs).logits
+        for tower in (False, True):
+            model = load(wide, name, device_map="cuda", quantize_vision_tower=tower)
+            seen = model(**inputs).logits
+            assert 0 < (seen - whole).norm() / whole.norm() < 1
+            assert model.generate(**inputs, max_new_tokens=6).shape[0] == 1
+        if not name.startswith("quanto"):
+            model.save_pretrained(tmp_path)
+            assert torch.equal(load(tmp_path, device_map="cuda")(**inputs).logits, seen)
