@@ -151,6 +151,17 @@ def test_seconds_are_those_of_the_file(folder):
     np.testing.assert_allclose(view.record.layout.seconds, [[0, 2.5], [2.5, 5]])
 
 
+def test_seconds_of_a_part_are_those_of_the_whole_file(folder):
+    options = visualize.parse_arguments(
+        [str(folder / "five.mp4"), "What?", "--max-new-tokens", "2", "--out", "unused"]
+    )
+    conversation = visualize.make_conversation(options)
+    conversation.settings["video_start"] = 2.0
+    view = conversation.view(options.files, options.question)
+    np.testing.assert_allclose(view.record.layout.seconds, [[2, 3], [3, 4], [4, 5]])
+    assert view.when(2) == "4 to 5 s"
+
+
 def test_several_videos_and_an_image(folder, tmp_path):
     files = [folder / name for name in ("five.mp4", "picture.png", "two.webm")]
     view = look(*files, "What?", "--max-new-tokens", 2)

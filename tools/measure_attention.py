@@ -2,16 +2,14 @@
 
     python tools/measure_attention.py --data examples/clips/clips.jsonl
 
-Asks every question in the files (the layout that finetune.py reads, first turns only), and prints
-means over the videos, by layer; and by kind of question how far the answer's attention to the video
-is from even. Vision tokens never see the question, so of questions about one video the first stands
-for its gates, heads, sinks and budgets. The layers' numbers are those of `AttentionRecord`.
+Asks the first question of every row of a data set that finetune.py reads, and prints means over the
+videos, by layer; and by the rows' "kind", if they have one, how far the answer's attention to the
+video is from even. Vision tokens never see the question, so of questions about the same files the
+first stands for their gates, heads, sinks and budgets. The numbers are those of `AttentionRecord`.
 """
 
 import argparse
-import json
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 from transformers import AutoProcessor
@@ -20,22 +18,33 @@ from videonsa import ROOT  # noqa: F401
 
 from commands.attention_sinks import SINK_BRANCHES
 from commands.attention_view import WatchedConversation
+from commands.finetuning_rows import to_messages
+from commands.finetuning_sets import read_rows
 from commands.model_loading import prepare_model
 from commands.options import add_options, video_settings
 from nsa_rules import BRANCHES
 
 
-def read_questions(files):
-    """(video, question, kind) of every row of JSON lines."""
-    for file in files:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            question = row["conversations"][0]["value"].replace("<video>", "").strip()
-            yield str(file.parent / row["video"]), question, row.get("kind", "all")
+def read_questions(name):
+    """(files, question, kind) of every row of a data set.
+
+    Raises ValueError for a row with settings of its own; the options set all videos alike.
+    """
+    rows, folder = read_rows(name)
+    for number, row in enumerate(rows):
+        asked = next(turn for turn in to_messages(row, folder) if turn["role"] == "user")
+        media = [part for part in asked["content"] if part["type"] != "text"]
+        if any(len(part) > 2 for part in media):
+            raise ValueError(
+                f"row {number} of {name} has settings of its video; leave them out, and give what "
+                "is to be taken of all videos as options."
+            )
+        text = "".join(part["text"] for part in asked["content"] if part["type"] == "text")
+        yield tuple(part[part["type"]] for part in media), text.strip(), row.get("kind", "all")
 
 
 def watch(options):
-    """(records, one a video; most-read shares over even ones, a list by kind of question)."""
+    """(records, one for the same files; most-read shares over even ones, by kind of question)."""
     model = prepare_model(
         options.model,
         options.device,
@@ -45,7 +54,7 @@ def watch(options):
     )
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     loaded, records, peaks = model.load(), {}, defaultdict(list)
-    for video, question, kind in read_questions(options.data):
+    for files, question, kind in read_questions(options.data):
         conversation = WatchedConversation(
             processor,
             lambda: loaded,
@@ -55,9 +64,9 @@ def watch(options):
             max_tokens=options.max_tokens,
             max_new_tokens=options.max_new_tokens,
         )
-        conversation.sinks = video not in records
-        view = conversation.view([video], question, report=lambda line: None)
-        records.setdefault(video, view.record)
+        conversation.sinks = files not in records
+        view = conversation.view(files, question, report=lambda line: None)
+        records.setdefault(files, view.record)
         peaks[kind].append(view.most_read()[1] * view.record.layout.num_steps)
     return list(records.values()), peaks
 
@@ -108,13 +117,13 @@ def print_all(records, peaks):
     print_table("Attention of the answer at its most-read step, times even", names, rows, "{:.1f}")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSON lines")
+    parser.add_argument("--data", required=True, help="file, folder or Hub id")
     add_options(parser)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     logging.disable_progress_bar()
     records, peaks = watch(options)
     tokens = [len(record.layout.packed) for record in records]
