@@ -43,6 +43,11 @@ def checked_group(config, group: "dist.ProcessGroup | None") -> "dist.ProcessGro
             "sequence cannot be shared out over processes. Use one process, or weights with "
             "nsa_semantics 'paper'."
         )
+    if not config.nsa_enabled:
+        raise ValueError(
+            "nsa_enabled is False: dense attention is not shared out over processes, each would "
+            "read the whole prompt. Use one process, or nsa_enabled=True."
+        )
     group = group or dist.group.WORLD
     return None if group.size() == 1 else group
 

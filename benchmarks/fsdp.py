@@ -49,7 +49,7 @@ def main():
     middle = args.steps // 2
     flags = [
         *("--model_name_or_path", model, "--data", data, "--max_steps", args.steps),
-        *("--save_steps", middle if args.resume else args.steps),
+        *(("--save_steps", middle) if args.resume else ("--save_strategy", "no")),
         *("--logging_steps", 1, "--gradient_accumulation_steps", 1),
         *("--lr_scheduler_type", "constant", "--warmup_steps", 0, "--disable_tqdm", "true"),
         *given,

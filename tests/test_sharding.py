@@ -83,10 +83,14 @@ def test_a_group_has_to_be_made_first(model):
         model.shard_sequences()
 
 
-def test_the_released_semantics_are_refused(monkeypatch):
+@pytest.mark.parametrize(
+    "semantics, enabled, message",
+    [("released", True, "tokens see later ones"), ("paper", False, "dense attention is not")],
+)
+def test_attention_that_is_not_shared_out_is_refused(monkeypatch, semantics, enabled, message):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    config = SimpleNamespace(nsa_semantics="released")
-    with pytest.raises(ValueError, match="tokens see later ones"):
+    config = SimpleNamespace(nsa_semantics=semantics, nsa_enabled=enabled)
+    with pytest.raises(ValueError, match=message):
         sharding.checked_group(config, None)
 
 
