@@ -57,6 +57,13 @@ class Recorder:
         self.calls = 0
         self.recording = None
         self.refused = not _can_record(language_model)
+        if not self.refused and _waits_for_the_host(language_model):
+            self.refused = True
+            logger.warning_once(
+                "Decoding is not recorded: bitsandbytes' layers of 8 bits wait for the host. Each "
+                "token runs through the layers one by one, which takes longer; layers of 4 bits "
+                "are recorded."
+            )
 
     def replay(self, inputs_embeds, position_ids, attention_mask, options) -> torch.Tensor | None:
         """The last hidden states [B, 1, hidden] of one new token a row; None if not recorded.
@@ -79,9 +86,10 @@ class Recorder:
             except (RuntimeError, ValueError) as error:
                 self.refused = True
                 _free_generator(inputs_embeds.device)
+                reason = str(error).partition("\n")[0]
                 logger.warning_once(
-                    f"Decoding could not be recorded ({error}). Each token runs through the layers "
-                    "one by one, which gives the same and takes longer."
+                    f"Decoding could not be recorded ({reason}). Each token runs through the "
+                    "layers one by one, which gives the same and takes longer."
                 )
                 return None
         hidden_states = self.recording.replay(inputs_embeds, position_ids, attention_mask, length)
@@ -210,6 +218,14 @@ def _can_record(language_model):
         and config._attn_implementation != "eager"  # asked for to see the weights
         and not language_model.training
         and not observed(language_model)
+    )
+
+
+def _waits_for_the_host(language_model):
+    """Whether a layer on a GPU reads on the host which features are outliers: LLM.int8() does."""
+    return any(
+        type(layer).__name__ == "Linear8bitLt" and layer.weight.device.type in DEVICES
+        for layer in language_model.modules()
     )
 
 

@@ -34,6 +34,7 @@ from .media_features_videonsa import PIXELS, has_media
 from .memory_videonsa import (
     COPIED_LAYERS,
     PREFILL_CHUNK_SIZE,
+    UNUSABLE_SHARE,
     cache_bytes,
     free_memory,
     prefill_tokens,
@@ -202,6 +203,8 @@ class VideoNSAGenerationMixin(GenerationMixin):
         shared = self.model.language_model.nsa_group is not None
         free = None if shared else free_memory(self.device)
         if free is not None:
+            if getattr(self, "is_quantized", False):
+                free -= UNUSABLE_SHARE * torch.cuda.memory_allocated(self.device)
             layers = self.model.language_model.layers
             here = sum(next(layer.parameters()).device == self.device for layer in layers)
             kept = COPIED_LAYERS if getattr(cache, "offloading", False) else here

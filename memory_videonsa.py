@@ -16,6 +16,8 @@ CHUNK_QUERIES, LEAST_QUERIES = 9216, 1024  # whose partial results are held at o
 PATCHES_PER_CHUNK, LEAST_PATCHES = 32768, 4096  # of the vision tower; four are a token
 # Layers whose keys and values exist twice: one whose cache grows, and one packed for the branches.
 COPIED_LAYERS = 2
+# Beside quantised weights, a share of theirs that the allocator holds and cannot give out.
+UNUSABLE_SHARE = 0.15
 # What each of them may take of the memory that is free when it is made.
 PREFILL_SHARE, QUERIES_SHARE, PATCHES_SHARE = 1 / 2, 1 / 4, 1 / 2
 # Memory of one layer per token of a chunk, in rows of hidden_size and of intermediate_size

@@ -29,6 +29,7 @@ from memory_videonsa import (
     PATCHES_SHARE,
     PREFILL_CHUNK_SIZE,
     QUERIES_SHARE,
+    UNUSABLE_SHARE,
     cache_bytes,
     mlp_bytes,
     partial_bytes,
@@ -67,7 +68,8 @@ class Forecast:
     tokens: of the prompt and the answer.  vision_tokens: those of them that images and videos take.
     weights, cache: GiB of the parameters, and of all tokens' keys and values.
     peak: GiB at most at one time, weights and cache with it.
-    available: GiB that the device has for this process; None where that is not known.
+    available: GiB that the device has for this process, less what its allocator cannot give out
+        beside quantised weights; None where that is not known.
     fitting_tokens: the largest number of tokens that fits; None where `available` is None.
     offloaded: whether the run would fit with its cache in the host's memory, a layer at a time on
         the device (cache_implementation="offloaded"); None where `available` is None.
@@ -156,6 +158,8 @@ def forecast(
     if available is None and device is not None:
         available = usable_memory(device)
     quantization = quantization or getattr(config, "quantization_config", None)
+    if available is not None:
+        available -= unusable_bytes(config, dtype, quantization)
     run = _Run(config, new_tokens, dtype, quantization, available, processes)
     peak = run.peak(prompt_tokens, vision_tokens)
     result = Forecast(
@@ -173,14 +177,14 @@ def forecast(
         middle = (low + high + 1) // 2
         fits = run.peak(middle, max(middle - text, 0)) <= available
         low, high = (middle, high) if fits else (low, middle - 1)
-    loads = ()
+    loads = []
     if quantization is None and peak > available:
-        others = {name: run._replace(quantization=bits_of(name)) for name in LOADS}
-        loads = [
-            name
-            for name, other in others.items()
-            if other.peak(prompt_tokens, vision_tokens) <= available
-        ]
+        for name in LOADS:
+            bits = bits_of(name)
+            left = available - unusable_bytes(config, dtype, bits)
+            other = run._replace(quantization=bits, available=left)
+            if other.peak(prompt_tokens, vision_tokens) <= left:
+                loads.append(name)
     return dataclasses.replace(
         result,
         available=available / GIB,
@@ -261,6 +265,13 @@ def weight_bytes(config, dtype, quantization=None) -> float:
     quantized = 0 if quantization is None else count_quantized(config)
     each = bytes_per_weight(quantization, dtype.itemsize) if quantized else 0
     return (total - quantized) * dtype.itemsize + quantized * each
+
+
+def unusable_bytes(config, dtype, quantization) -> int:
+    """Bytes that the allocator holds beside quantised weights and cannot give out."""
+    if quantization is None:
+        return 0
+    return int(UNUSABLE_SHARE * weight_bytes(config, dtype, quantization))
 
 
 def chunk_bytes(

@@ -74,6 +74,22 @@ def test_a_hook_keeps_every_step_from_being_recorded():
     assert not Recorder(text).refused
 
 
+def test_layers_of_8_bits_keep_every_step_from_being_recorded(monkeypatch):
+    """bitsandbytes' read on the host which features are outliers, in the middle of a step."""
+
+    class Linear8bitLt(torch.nn.Linear):
+        pass
+
+    monkeypatch.setattr(decoding_videonsa, "DEVICES", ("cpu",))
+    text = make_model(nsa_backend="auto").model.language_model
+    assert not Recorder(text).refused
+    text.layers[1].mlp.up_proj = Linear8bitLt(8, 8)
+    said = []
+    monkeypatch.setattr(decoding_videonsa.logger, "warning_once", said.append)
+    assert Recorder(text).refused
+    assert len(said) == 1 and said[0].startswith("Decoding is not recorded: bitsandbytes' layers")
+
+
 def model_on(device):
     return make_model(head_dim=16, nsa_block_size=8, nsa_backend="auto").to(device)
 

@@ -245,6 +245,38 @@ def test_a_full_card_is_worked_on_in_smaller_chunks_and_says_what_would_fit():
     ).fits
 
 
+@pytest.mark.parametrize(
+    ("bits", "card", "tokens", "measured"),  # GiB on an H200 held to the card; docs/cards.md
+    [
+        (None, 80, 32768, 20.9),
+        (None, 80, 131072, 26.1),
+        (None, 24, 32768, 20.5),
+        (None, 24, 120832, 23.0),
+        ("4bit", 80, 32768, 11.8),
+        ("4bit", 80, 131072, 17.1),
+        ("4bit", 24, 131072, 17.1),
+        ("4bit", 12, 32768, 10.2),
+        ("4bit", 12, 69632, None),
+        ("4bit", 16, 139264, None),
+        ("8bit", 80, 32768, 15.6),
+        ("8bit", 16, 32768, 13.7),
+        ("8bit", 24, 131072, 20.9),
+    ],
+)
+def test_what_ran_on_a_card_was_said_to_fit_and_what_ran_out_was_not(bits, card, tokens, measured):
+    seen = forecast(
+        seven_billion(),
+        tokens + 32,
+        vision_tokens=tokens,
+        new_tokens=9,
+        quantization=None if bits is None else bits_of(bits),
+        available=int((card - 0.5) * GIB),
+    )
+    assert seen.fits is (measured is not None)
+    if measured is not None:
+        assert seen.peak == pytest.approx(measured, rel=0.1)
+
+
 def test_everything_that_is_said_to_fit_does_on_any_card():
     """Between the smallest chunk and the largest there is no size where a longer prompt fits."""
     config = seven_billion()
