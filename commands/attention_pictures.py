@@ -71,7 +71,7 @@ def draw_timeline(view: View, strip: Strip) -> Figure:
     words, asked = words[-MOST_WORDS:], asked[:, -MOST_WORDS:]
     answer = view.reads()[:, :MOST_WORDS]
     picture = view.pictures[strip.steps[0]]
-    rows = {"frames": 0.2 + 9.1 / len(strip.shown) * picture.height / picture.width}
+    rows = {"frames": 0.2 + min(9.1 / len(strip.shown) * picture.height / picture.width, 2.5)}
     rows |= {"answer": 1.6, "layers": 0.9}
     rows["words"] = 0.5 + 0.16 * (len(words) + answer.shape[1])
     if record.is_sparse:
@@ -103,6 +103,9 @@ def draw_timeline(view: View, strip: Strip) -> Figure:
     if record.is_sparse:
         _draw_selected(record, strip, axes["selected"])
         _draw_gates_over_time(record, strip, axes["gates"])
+    if strip.axis == "image":
+        names = [view.when(step) for step in strip.steps]
+        axes["answer"].set_xticks(strip.edges[:-1] + 0.5, names)
     axes[list(axes)[-1]].set_xlabel(strip.axis)
     figure.suptitle(f"{strip.title}   “{view.question}”   {view.answer}", fontsize=11)
     return figure

@@ -339,6 +339,13 @@ def test_images_that_attend_densely_are_no_part_of_a_block(inputs):
     assert record.text_attention[:, :, 3].min() > 0
 
 
+def test_of_a_long_question_the_last_rows_are_kept(model, prompts):
+    record, _ = recorded(model, in_float64(prompts.batch(prompts.row(("image", 2, 2), 300))))
+    assert record.num_question_rows == 256 and record.text_attention.shape[1] == 256 + 3
+    assert record.text_positions[0] == record.layout.length - 256
+    assert record.answer_reads().shape[1] == 4
+
+
 def test_many_steps_share_bins(prompts):
     model = make_model()
     record, _ = recorded(model, prompts.batch(prompts.row(("video", 100, 1, 2), 3)))
@@ -386,15 +393,18 @@ def test_the_released_semantics_are_refused(prompts):
 
 
 @pytest.mark.gpu
-def test_a_gpu_records_what_a_cpu_does(prompts):
-    """The kernels' choice, and decoding that would have been replayed."""
-    model = make_model(head_dim=16).cuda()
+def test_the_kernels_are_recorded_as_the_reference(prompts):
+    """With an answer long enough to be replayed, were it not watched."""
     inputs = prompts.batch(prompts.row(3, ("video", 9, 2, 3), 4), device="cuda")
-    options = {"max_new_tokens": 12}
-    record, ids = recorded(model, inputs, **options)
-    assert len(record.text_positions) == 5 + 11
-    same, on_cpu = recorded(model.cpu(), {k: v.cpu() for k, v in inputs.items()}, **options)
-    assert torch.equal(ids.cpu(), on_cpu)
-    np.testing.assert_allclose(record.text_attention, same.text_attention, atol=1e-3)
-    np.testing.assert_allclose(record.gate_means, same.gate_means, atol=1e-3)
-    assert abs(record.selections - same.selections).sum() <= 0.01 * same.selections.sum()
+    records = []
+    for backend in ("triton", "reference"):
+        model = make_model(head_dim=16, nsa_block_size=8, nsa_backend=backend).cuda()
+        record, _ = recorded(model, inputs, max_new_tokens=12)
+        assert len(record.text_positions) == 5 + 11
+        np.testing.assert_allclose(record.text_attention.sum(-1), 1, atol=1e-5)
+        records.append(record)
+    ours, wanted = records
+    np.testing.assert_allclose(ours.text_attention[:, :5], wanted.text_attention[:, :5], atol=0.01)
+    np.testing.assert_allclose(ours.gate_means, wanted.gate_means, atol=0.01)
+    # Rounding may exchange two blocks of all but equal importance.
+    assert abs(ours.selections - wanted.selections).sum() <= 0.05 * wanted.selections.sum()
