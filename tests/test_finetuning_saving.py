@@ -128,9 +128,18 @@ def test_a_run_resumes_from_what_can_be_resumed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("limit", "left"), [(1, [4, 9]), (2, [3, 4, 9]), (None, [2, 3, 4, 9]), (0, [2, 3, 4, 9])]
+    ("limit", "best", "left"),
+    [
+        (1, None, [4, 9]),
+        (2, None, [3, 4, 9]),
+        (None, None, [2, 3, 4, 9]),
+        (0, None, [2, 3, 4, 9]),
+        (1, 2, [2, 4, 9]),
+        (2, 2, [2, 4, 9]),
+        (3, 2, [2, 3, 4, 9]),
+    ],
 )
-def test_old_checkpoints_go_once_a_new_one_is_whole(tmp_path, limit, left):
+def test_old_checkpoints_go_once_a_new_one_is_whole(tmp_path, limit, best, left):
     for step in (2, 3):
         make_checkpoint(tmp_path, step, COMPLETE)
     make_checkpoint(tmp_path, 4)
@@ -141,7 +150,8 @@ def test_old_checkpoints_go_once_a_new_one_is_whole(tmp_path, limit, left):
     )  # fmt: skip
     callback = WholeCheckpoints(args, None)
     assert args.save_total_limit is None  # the Trainer deletes nothing
-    callback.on_save(args, SimpleNamespace(global_step=4), None)
+    best = best and str(tmp_path / f"checkpoint-{best}")
+    callback.on_save(args, SimpleNamespace(global_step=4, best_model_checkpoint=best), None)
     assert sorted(int(p.name.rpartition("-")[2]) for p in tmp_path.iterdir()) == left
     assert (tmp_path / "checkpoint-4" / COMPLETE).exists()
 
