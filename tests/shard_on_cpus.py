@@ -1,13 +1,16 @@
 """Calls of a model shared out over 2 and over 3 processes, compared with the same of one process.
 
-    python tests/shard_on_cpus.py [NAME]
+    python tests/shard_on_cpus.py [NAME ...]
+    python tests/shard_on_cpus.py --device cuda [NAME ...]
 
 Prints a JSON object: for each number of processes, for each case (NAME alone, where it is given),
 how far apart results are: the largest of all processes. The processes are forked after everything
 is imported, and talk through gloo. Weights are float64, and so are the norms, which stock
-Qwen2.5-VL computes in float32.
+Qwen2.5-VL computes in float32. On GPUs two processes are spawned, talk through NCCL, and run the
+kernels in float32.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -27,7 +30,11 @@ from commands.finetuning_data import PIXELS  # noqa: E402
 from commands.finetuning_sharding import check_equal_batches  # noqa: E402
 from tiny import VIDEO, Prompts, make_model  # noqa: E402
 
-SIZES = (2, 3)
+SIZES = {"cpu": (2, 3), "cuda": (2,)}
+MODELS = {
+    "cpu": {"dtype": torch.float64},
+    "cuda": {"dtype": torch.float32, "head_dim": 16, "nsa_block_size": 8, "nsa_window_size": 12},
+}
 MIXED = (3, ("video", 8, 4, 4), 9, ("image", 2, 2), 4)
 
 
@@ -45,14 +52,16 @@ fused_videonsa.rms_norm, fused_videonsa.add_rms_norm = exact_norm, exact_add_nor
 class Models:
     """A model that shares sequences out, and one with the same weights that does not."""
 
-    def __init__(self):
-        self.shared, self.alone = make_model(dtype=torch.float64), make_model(dtype=torch.float64)
+    def __init__(self, device):
+        self.device = device
+        self.shared, self.alone = (make_model(**MODELS[device]).to(device) for _ in range(2))
         self.shared.shard_sequences()
 
     def batch(self, *rows):
         prompts = Prompts()
-        batch = prompts.batch(*(prompts.row(*row) for row in rows))
-        return {k: v.double() if k.startswith("pixel") else v for k, v in batch.items()}
+        batch = prompts.batch(*(prompts.row(*row) for row in rows), device=self.device)
+        dtype = MODELS[self.device]["dtype"]
+        return {k: v.to(dtype) if k.startswith("pixel") else v for k, v in batch.items()}
 
     def train(self, batch):
         """How far apart logits, and gradients averaged over the processes, are."""
@@ -264,10 +273,13 @@ def case_different_batches(models):
 CASES = {name.removeprefix("case_"): f for name, f in globals().items() if name.startswith("case_")}
 
 
-def run(rank, size, folder, names):
+def run(rank, size, folder, device, names):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/{size}", rank=rank, world_size=size)
-    models, results = Models(), {}
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, f"file://{folder}/{size}", rank=rank, world_size=size)
+    models, results = Models(device), {}
     for name in names:
         results[name] = CASES[name](models)
     gathered = [None] * size
@@ -283,11 +295,15 @@ def run(rank, size, folder, names):
 
 
 def main():
-    context = torch.multiprocessing.get_context("fork")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", default=[*CASES])
+    parser.add_argument("--device", default="cpu", choices=[*SIZES])
+    args = parser.parse_args()
+    context = torch.multiprocessing.get_context("spawn" if args.device == "cuda" else "fork")
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for size in SIZES:
-            arguments = (size, folder, sys.argv[1:] or [*CASES])
+        for size in SIZES[args.device]:
+            arguments = (size, folder, args.device, args.names)
             ranks = [context.Process(target=run, args=(rank, *arguments)) for rank in range(size)]
             for process in ranks:
                 process.start()

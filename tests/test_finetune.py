@@ -339,6 +339,7 @@ def two_processes(folder, tmp_path_factory):
     return root
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one_that_accumulates(folder, tmp_path, two_processes, name):
     one = run(
@@ -372,6 +373,7 @@ def test_two_processes_train_as_one_that_accumulates(folder, tmp_path, two_proce
     ]  # fmt: skip
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("name", ["sharded adapters", "shared adapters"])
 def test_sharded_adapters_resume(two_processes, name):
     resumed = losses_on_disk(two_processes / f"{name} resumed")
