@@ -14,7 +14,7 @@ from videonsa.processing_videonsa import VideoNSAVideoProcessor
 from commands.checkpoint_files import listed_files
 from paths import ROOT
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PICTURES = ("docs/branches.png", "docs/attention.png", "docs/speed.png")
 
 

@@ -50,7 +50,7 @@ KINDS = (
 )
 # Never in the checkpoint's training: a new kind of question for whoever tries fine-tuning.
 NEW_KINDS = ("origin",)
-# Nor this one, of the example with timestamps (docs/examples.md).
+# Nor this one, of the example with timestamps (docs/examples/events.md).
 TIMED_KINDS = ("span",)
 OPPOSITE = {"left": "right", "right": "left", "up": "bottom", "down": "top"}
 
