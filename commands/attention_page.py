@@ -32,7 +32,8 @@ img { max-width: 100%; }
 table { border-collapse: collapse; }
 td, th { border-bottom: 1px solid #dfe3e8; padding: .2rem .8rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-p.note { color: #57606a; }
+figure { margin: 1.5rem 0; }
+p.note, figcaption { color: #57606a; }
 """
 
 
@@ -120,9 +121,11 @@ def page_of(view: View, drawn) -> str:
             "that were selected and no gates.</p>"
         )
     for name, text, png in drawn:
-        image = base64.b64encode(png).decode()
-        parts.append(f"<img alt='{name}' src='data:image/png;base64,{image}'>")
-        parts.append(f"<p class='note'>{html.escape(text)}</p>")
+        image, text = base64.b64encode(png).decode(), html.escape(text, quote=True)
+        parts.append(
+            f"<figure id='{name}'><img alt='{text}' src='data:image/png;base64,{image}'>"
+            f"<figcaption>{text}</figcaption></figure>"
+        )
     if record.is_sparse:
         parts.append(_keys_table(record))
     parts.append(

@@ -75,7 +75,7 @@ def draw_timeline(view: View, strip: Strip) -> Figure:
     rows |= {"answer": 1.6, "layers": 0.9}
     rows["words"] = 0.5 + 0.16 * (len(words) + answer.shape[1])
     if record.is_sparse:
-        rows |= {"selected": 1.1, "gates": 1.1}
+        rows |= {"selected": 1.1, "choices": 1.0, "gates": 1.1}
     figure = Figure(figsize=(10, sum(rows.values()) + 1), layout="constrained")
     axes = figure.subplots(len(rows), sharex=True, height_ratios=[*rows.values()])
     axes = dict(zip(rows, axes, strict=True))
@@ -102,6 +102,7 @@ def draw_timeline(view: View, strip: Strip) -> Figure:
     axes["words"].axhline(len(words), color=ACCENT)
     if record.is_sparse:
         _draw_selected(record, strip, axes["selected"])
+        _draw_choices(record, strip, axes["choices"])
         _draw_gates_over_time(record, strip, axes["gates"])
     if strip.axis == "image":
         names = [view.when(step) for step in strip.steps]
@@ -148,6 +149,15 @@ def _draw_selected(record, strip, axis):
     axis.set_title(
         "How often later frames selected it, % of those that could (band: layers and head groups)"
     )
+
+
+def _draw_choices(record, strip, axis):
+    rates = record.selection_rates()[..., strip.steps]
+    layers, groups, _ = rates.shape
+    _heat(axis, strip.edges, rates.reshape(layers * groups, -1), "The same by layer and head group")
+    shown = np.unique(np.linspace(0, layers - 1, min(layers, 4)).round().astype(int))
+    axis.set_yticks((shown + 0.5) * groups, shown)
+    axis.set_ylabel("layer")
 
 
 def _draw_gates_over_time(record, strip, axis):
@@ -292,6 +302,7 @@ def _printable(word):
 def _heat(axis, edges, values, title):
     """values [rows, steps] over the seconds, the first row on top."""
     rows = np.arange(len(values) + 1)
-    axis.pcolormesh(edges, rows, values, cmap="Greys", vmin=0, vmax=max(values.max(), 1e-9))
+    most = np.nanmax(values, initial=1e-9)
+    axis.pcolormesh(edges, rows, values, cmap="Greys", vmin=0, vmax=most)
     axis.invert_yaxis()
     axis.set_title(title)

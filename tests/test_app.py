@@ -475,7 +475,7 @@ def test_the_page_as_a_person_uses_it(server, chromium, folder):
 
     tab.locator("#draw").click()
     report = tab.frame_locator("#report iframe")
-    expect(report.get_by_alt_text("timeline1")).to_be_visible(timeout=60_000)
+    expect(report.locator("#timeline1 img")).to_be_visible(timeout=60_000)
 
     tab.locator("#player").get_by_label("Clear").click()
     tab.locator("#player input[type=file]").set_input_files(folder / "notes.txt")

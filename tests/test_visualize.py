@@ -173,7 +173,7 @@ def test_several_videos_and_an_image(folder, tmp_path):
     assert view.when(0) == "0 to 1 s of five.mp4" and view.when(5) == "picture.png"
     page = write_page(view, tmp_path, [1.5])
     names = ["timeline1", "timeline2", "timeline3", "selections1", "selections2", "selections3"]
-    assert [f"alt='{name}'" in page.read_text() for name in names] == [True] * 6
+    assert [f"<figure id='{name}'>" in page.read_text() for name in names] == [True] * 6
 
 
 def test_a_long_video_shows_some_frames_and_all_numbers(folder, tmp_path):
