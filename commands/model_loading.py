@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import find_adapter_config_file
 
 from commands.forecast import Forecast, forecast
-from commands.quantized_loading import loading_options
+from commands.quantized_loading import check_widths, loading_options
 
 
 class PreparedModel(NamedTuple):
@@ -80,6 +80,7 @@ def prepare_model(
     if load_in is not None and getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised already: leave --load_in {load_in} away")
     quantised = loading_options(load_in)
+    check_widths(load_in, config.text_config, device)
 
     def load():
         loaded = AutoModelForImageTextToText.from_pretrained(

@@ -52,6 +52,17 @@ def quantization_config(name: str):
     return TorchAoConfig(_torchao_type(name))
 
 
+def check_widths(name: str | None, text_config, device: str) -> None:
+    """Raise ValueError for widths that bitsandbytes' products in 4 bits do not take on a CPU."""
+    widths = {key: getattr(text_config, key) for key in ("hidden_size", "intermediate_size")}
+    odd = [f"{key} {width}" for key, width in widths.items() if width % 64]
+    if name == "4bit" and device == "cpu" and odd:
+        raise ValueError(
+            f"--load_in 4bit on a CPU takes widths that are multiples of 64, and {odd[0]} is none: "
+            "use 8bit or int8"
+        )
+
+
 def check_savable(name: str) -> None:
     """Raise ValueError where weights that are loaded so cannot be saved."""
     if name.startswith("quanto"):

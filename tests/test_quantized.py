@@ -178,11 +178,13 @@ def test_the_tiny_checkpoint_answers_the_same_in_8_bit(name):
     assert answers == expected
 
 
-def test_ask_loads_quantised_and_forecasts_it(monkeypatch):
-    need("4bit")
-    whole, small = (prepare_model(str(ROOT), "cpu", load_in=name) for name in (None, "4bit"))
+def test_ask_loads_quantised_and_forecasts_it():
+    need("8bit")
+    whole, small = (prepare_model(str(ROOT), "cpu", load_in=name) for name in (None, "8bit"))
     sizes = [model.forecast_memory(1000, 900, 8).weights for model in (whole, small)]
     assert sizes[1] < 0.8 * sizes[0]
+    with pytest.raises(ValueError, match="multiples of 64, and hidden_size 224 is none"):
+        prepare_model(str(ROOT), "cpu", load_in="4bit")
     assert quantised_parts(small.load()) == (LANGUAGE, set())
     with pytest.raises(SystemExit):
         ask.parse_arguments(["a.mp4", "?", "--load-in", "5bit"])

@@ -22,13 +22,17 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from videonsa import ROOT
 
+from commands.quantized_loading import TRAINABLE, loading_options
 from make_clips import KINDS, NEW_KINDS, SAMPLED_FPS
 
 
-def load(folder, attention, semantics=None):
-    """The checkpoint's model and processor."""
+def load(folder, attention, semantics=None, load_in=None):
+    """The checkpoint's model and processor; load_in: the bits that its weights are rounded to."""
     fields = {} if semantics is None else {"nsa_semantics": semantics}
+    fields |= loading_options(load_in)
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **fields)
+    if load_in is not None:
+        model = model.dequantize()  # bitsandbytes' products in 4 bits do not take these widths
     model.eval()
     model.config.text_config.nsa_enabled = attention == "sparse"
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -93,9 +97,10 @@ def main():
     parser.add_argument(
         "--semantics", choices=("paper", "released"), help="other than the checkpoint's own"
     )
+    parser.add_argument("--load_in", choices=TRAINABLE, help="weights as so many bits round them")
     parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
     args = parser.parse_args()
-    model, processor = load(args.model, args.attention, args.semantics)
+    model, processor = load(args.model, args.attention, args.semantics, args.load_in)
     with tempfile.TemporaryDirectory() as folder:
         make = [sys.executable, ROOT / "tools" / "make_clips.py", "--out", folder]
         make += ["--seed", args.seed, "--count", args.count, "--frames", args.frames]
