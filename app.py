@@ -15,6 +15,8 @@ except ImportError:
 
 import argparse
 import os
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -60,13 +62,14 @@ def make_page(options, uploads):
 
 def launch(page, options, **settings):
     """Starts the server; settings: what else Gradio's `launch` takes."""
-    from commands.app_page import UPLOAD_MB
+    from commands.app_page import SESSIONS, UPLOAD_MB
 
     folder = ROOT / "commands"
     return page.blocks.launch(
         server_port=options.port,
         allowed_paths=[str(one.clip) for one, _ in page.examples],
         max_file_size=f"{UPLOAD_MB}mb",
+        state_session_capacity=SESSIONS,
         css_paths=folder / "app_page.css",
         js=(folder / "app_page.js").read_text(encoding="utf-8"),
         footer_links=[],
@@ -78,6 +81,7 @@ def launch(page, options, **settings):
 
 def main():
     options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the folder is removed
     with tempfile.TemporaryDirectory(prefix="videonsa-") as uploads:
         launch(make_page(options, uploads), options)
 

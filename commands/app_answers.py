@@ -57,6 +57,7 @@ class Answerer:
         self.processor, self.forecast_memory = processor, prepared.forecast_memory
         self.max_position_embeddings = prepared.config.text_config.max_position_embeddings
         self.is_recorded = prepared.config.text_config.nsa_semantics == "paper"
+        self.busy = threading.Lock()
         fitting = most_tokens(prepared)
         self.max_tokens = fitting if max_tokens is None else min(fitting, max_tokens)
         self.model = prepared.load()
@@ -90,12 +91,12 @@ class Answerer:
 
         def work():
             try:
-                tell("answer", self._ask(turns, video, question, max_tokens, tell))
+                with self.busy:  # a stopped answer may still be at its prompt
+                    tell("answer", self._ask(turns, video, question, max_tokens, tell))
             except BaseException as error:  # raised again below
                 told.put(("error", error))
 
-        thread = threading.Thread(target=work, name="answer", daemon=True)
-        thread.start()
+        threading.Thread(target=work, name="answer", daemon=True).start()
         try:
             kind = None
             while kind != "answer":
@@ -104,8 +105,7 @@ class Answerer:
                     raise as_message(value, [video, *files_of(turns)])
                 yield kind, value
         finally:
-            stopped.set()
-            thread.join()
+            stopped.set()  # not waited for: Gradio closes generators in its event loop
 
     def _ask(self, turns, video, question, max_tokens, tell):
         conversation = self._conversation(max_tokens)

@@ -8,6 +8,7 @@ in Gradio's temporary folder.
 import filecmp
 import html
 import os
+import threading
 from dataclasses import dataclass, field
 
 import gradio as gr
@@ -20,6 +21,7 @@ from commands.attention_view import View
 MOST_LETTERS = 500  # of a question
 UPLOAD_MB = 256  # of a video that is uploaded, at most
 WAITING = 16  # questions that wait, at most
+SESSIONS = 32  # visitors whose conversations are kept, the latest
 KEPT_SECONDS = 3600  # that an upload, and what was looked at, is kept
 
 HEADER = """# Ask about a video, and see where the model looks
@@ -65,6 +67,7 @@ class Page:
 
     def __init__(self, answerer: Answerer, examples: list, is_toy: bool):
         self.answerer, self.examples, self.is_toy = answerer, examples, is_toy
+        self.stops = {}  # of each visitor who waits for an answer, what ends it
         self.blocks = gr.Blocks(
             title="VideoNSA", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)
         )
@@ -161,7 +164,7 @@ class Page:
     def connect(self):
         private = {"api_visibility": "private"}
         everything = [self.session, self.chat, self.taken, self.question, *self.views()]
-        asking = gr.on(
+        gr.on(
             [self.ask.click, self.question.submit],
             self.on_ask,
             [self.session, self.video, self.question, self.remember, self.budget],
@@ -170,7 +173,7 @@ class Page:
             **private,
         )
         at_once = {"queue": False, **private}
-        self.stop.click(self.on_stop, self.session, self.chat, cancels=asking, **at_once)
+        self.stop.click(self.on_stop, None, None, **at_once)
         gr.on([self.new.click, self.chat.clear], self.on_new, None, everything, **at_once)
         self.video.upload(
             self.on_upload,
@@ -201,7 +204,7 @@ class Page:
 
     # Handlers.
 
-    def on_ask(self, session, video, question, remember, budget):
+    def on_ask(self, session, video, question, remember, budget, request: gr.Request):
         """The answer, piece by piece; then the views of it."""
         question = question.strip()
         if video is None:
@@ -214,12 +217,15 @@ class Page:
         known = bool(turns) and same_file(video, session.video)
         messages = chat_of(turns)
         lines, text = [], ""
+        stop = self.stops[request.session_hash] = threading.Event()
+        told = self.answerer.answer(turns, None if known else video, question, int(budget))
         try:
-            for kind, value in self.answerer.answer(
-                turns, None if known else video, question, int(budget)
-            ):
+            for kind, value in told:
                 if kind == "answer":
                     break
+                if stop.is_set():
+                    yield {self.chat: messages, self.question: question}
+                    return
                 if kind == "taken":
                     lines.append(value)
                 else:
@@ -230,12 +236,12 @@ class Page:
                     self.question: "",
                 }
         except gr.Error as error:
-            yield {
-                self.chat: messages,
-                self.question: question,
-                self.taken: html.unescape(error.message),
-            }
+            said = html.unescape(error.message)
+            yield {self.chat: messages, self.question: question, self.taken: said}
             raise
+        finally:
+            told.close()
+            self.stops.pop(request.session_hash, None)
         turn = ([] if known else [video], question, value.text)
         session = Session([*turns, turn], video, value.view)
         yield {
@@ -246,8 +252,10 @@ class Page:
             **self.show(value.view, UNRECORDED),
         }
 
-    def on_stop(self, session):
-        return chat_of(session.turns)
+    def on_stop(self, request: gr.Request):
+        """Ends this visitor's answer at its next piece."""
+        if stop := self.stops.get(request.session_hash):
+            stop.set()
 
     def on_new(self):
         return {
