@@ -37,9 +37,11 @@ def usable_memory(device: torch.device | str) -> int | None:
     device = torch.device(device)
     if device.type != "cuda":
         return None
-    free, total = torch.cuda.mem_get_info(device)
-    limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
-    return min(free + torch.cuda.memory_reserved(device), int(limit * total))
+    # Not all of these calls take a device without a number for the current one.
+    number = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(number)
+    limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda number: 1.0)(number)
+    return min(free + torch.cuda.memory_reserved(number), int(limit * total))
 
 
 def free_memory(device: torch.device | str) -> int | None:

@@ -51,6 +51,19 @@ def test_a_full_device_changes_the_chunks_and_not_the_answer(prompts, monkeypatc
         torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-4)
 
 
+def test_a_device_without_a_number_is_the_current_one(monkeypatch):
+    """Devices by number alone, as some of torch's calls take them."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    values = {"mem_get_info": {0: (50, 1000), 1: (60, 100)}}
+    values |= {"memory_reserved": {0: 0, 1: 20}, "memory_allocated": {0: 0, 1: 15}}
+    values |= {"get_per_process_memory_fraction": {0: 1.0, 1: 0.7}}
+    for name, by_number in values.items():
+        monkeypatch.setattr(torch.cuda, name, by_number.__getitem__, raising=False)
+    for device in ("cuda", torch.device("cuda"), "cuda:1"):
+        assert memory_videonsa.usable_memory(device) == 70
+    assert memory_videonsa.usable_memory("cuda:0") == 50
+
+
 @pytest.mark.gpu
 def test_memory_that_is_free_heeds_a_limit_of_the_process():
     device = torch.device("cuda", torch.cuda.current_device())
