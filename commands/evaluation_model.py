@@ -26,7 +26,7 @@ from commands.evaluation_manifest import (
 )
 from commands.evaluation_presets import ALIASES, LIMITS
 from commands.finetuning_rows import set_videos
-from commands.model_card import find_file
+from commands.model_card import check_source, find_file
 from commands.quantized_loading import loading_options
 from commands.questions import collate
 from nsa_released import vision_by_position
@@ -264,6 +264,7 @@ def load_model(pretrained, revision, text, **settings):
 
     Raises ValueError for another kind of model.
     """
+    check_source(pretrained)
     adapter = find_file(pretrained, ADAPTER_CONFIG, revision)
     if adapter is not None:
         import peft  # needed for adapters only

@@ -8,6 +8,8 @@ import dataclasses
 import math
 from pathlib import Path
 
+from commands.model_card import check_source
+
 ITS_OWN = "finetune.py evaluates by its own loss and answers"
 READS_ALL = "it would read every video once before the first step: sort the data yourself"
 IN_STEP = "batches are made by finetune.py, and all processes get equally many"
@@ -140,6 +142,7 @@ def refuse_evaluation(data_args, args):
 def refuse_together(model_args, args):
     """Raises ValueError for flags that contradict each other, or have no part in the run."""
     model, revision = model_args.model_name_or_path, model_args.model_revision
+    check_source(model)
     if Path(args.output_dir).resolve() == Path(model).resolve():
         raise ValueError(
             f"--output_dir is {args.output_dir}, the folder of the model itself, which the result "

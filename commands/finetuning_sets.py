@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from commands.finetuning_rows import ANSWERS, LISTS, QUESTIONS
+from commands.finetuning_rows import ANSWERS, LISTS, QUESTIONS, SHOWN_LAYOUTS
 
 # What a table may write where there is nothing.
 NO_VALUE = {"", "NaN", "nan", "None", "null", "NULL", "<NA>"}
@@ -118,7 +118,7 @@ def _read_json(path):
     what = f"rows in each of {', '.join(found)}" if found else "neither a list of rows nor one row"
     raise ValueError(
         f"{path} holds {what}: give a list of objects, each with messages or conversations, or one "
-        "object a line."
+        f"object a line.\n{SHOWN_LAYOUTS}"
     )
 
 

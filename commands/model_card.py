@@ -197,6 +197,12 @@ def base_model(source: str | Path, revision: str | None = None) -> str | None:
     return loaded[1] if loaded else None
 
 
+def check_source(source: str | Path):
+    """Raises ValueError for what is neither a folder nor could be an id on the Hub."""
+    if not Path(source).expanduser().is_dir() and not HUB_ID.fullmatch(str(source)):
+        raise ValueError(f"there is no folder {source}, and an id on the Hub would be OWNER/NAME.")
+
+
 def find_file(source: str | Path, name: str, revision: str | None = None) -> Path | None:
     """The file `name` of a folder or Hub id, downloaded if need be; None where it has none."""
     folder = Path(source).expanduser()

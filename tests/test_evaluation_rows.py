@@ -10,7 +10,7 @@ import pytest
 import evaluation
 from commands.evaluation_model import EvaluatedModel
 from commands.evaluation_rows import read_questions
-from commands.finetuning_rows import RefusedRow
+from commands.finetuning_rows import LAYOUTS, RefusedRow
 from commands.questions import is_exact, questions_of
 from finetuning import ROW, TEXT_ROW, run, write_rows
 from paths import ROOT
@@ -105,6 +105,10 @@ def test_a_row_that_cannot_be_read_ends_the_evaluation(tmp_path, capsys):
         read_questions(str(data))
     assert evaluate(data, tmp_path / "out") == 1
     assert "odd.jsonl:2: the row has neither messages" in capsys.readouterr().err
+    write_rows(data, [{"film": CLIP}])  # no line of it looks like a row
+    assert evaluate(data, tmp_path / "out") == 1
+    printed = capsys.readouterr().err
+    assert "neither a list of rows nor one row" in printed and LAYOUTS[0] in printed
 
 
 def test_an_adapter_is_evaluated_as_what_it_was_merged_to(folder, tmp_path):

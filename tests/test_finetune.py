@@ -527,6 +527,7 @@ def test_settings_come_from_a_file_and_flags_override_it(folder, tmp_path):
         ({"train": "llm", "gate_lr": 1e-3}, "--gate_lr 0.001, but --train is 'llm'"),
         ({"vision_lr": 1e-3}, "add vision to --train"),
         ({"output_dir": ROOT}, "the folder of the model itself"),
+        ({"model_name_or_path": "nowhere"}, "there is no folder nowhere, and an id on the Hub"),
         ({"model_revision": "v2"}, "--model_revision v2"),
         ({"gates_by_layer_every": 0}, "--gates_by_layer_every is 0"),
         ({"eval_strategy": "steps"}, "--eval_strategy steps, but .* add --eval_data SET"),

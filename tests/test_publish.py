@@ -252,6 +252,11 @@ def test_a_base_is_of_an_adapter(api, model, capsys):
     assert "--base me/base is of an adapter" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
+    assert publish.main(["--model", str(tmp_path / "tuned"), "--dry-run"]) == 2
+    assert capsys.readouterr().err == f"publish: there is no folder {tmp_path / 'tuned'}.\n"
+
+
 def test_a_target_is_asked_for(capsys):
     with pytest.raises(SystemExit, match="2"):
         publish.main([])

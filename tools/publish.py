@@ -172,6 +172,8 @@ def publish(model, repo_id=None, *, base=None, scores=(), private=False, dry_run
     copy: a new folder that the files are copied to, and not uploaded.
     """
     model = Path(model).resolve()
+    if not model.is_dir():
+        raise ValueError(f"there is no folder {model}.")
     needed = listed_files(model)
     names = repository_files() if model == ROOT else needed
     base, manifests = find_base(model, base), find_manifests(scores)
