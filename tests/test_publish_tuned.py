@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.utils import filter_repo_objects
+from packaging.version import Version
 
 import evaluation
 import publish
@@ -80,6 +82,10 @@ def published(folder, tmp_path_factory):
     return hub, tuned
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"),
+    reason="5.17 loads no tokenizer of a repository without config.json, which an adapter's is",
+)
 def test_an_adapter_loads_and_answers_from_the_hub_alone(published, tmp_path):
     """So does the merged checkpoint: publish.py loads what it sends from a cache of the Hub."""
     assert published[0].ask("me/lora", tmp_path) == "red"
