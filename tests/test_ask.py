@@ -267,7 +267,7 @@ def test_an_unmerged_adapter_answers_as_if_it_were_merged(ask, folder, tmp_path,
     weights = loaded.state_dict()
     for name, weight in merged.state_dict().items():
         assert torch.equal(weights[name], weight), name
-    chat = ask.make_conversation(options)
+    chat, _ = ask.make_conversation(options)
     chat.generation["max_new_tokens"] = 3
     record = chat.ask([str(folder / "five.mp4")], "What is shown?", quiet)
     other = conversation(ask, processor, merged, 3)
