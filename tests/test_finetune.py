@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,7 @@ from finetuning import (
 )
 from nsa_rules import BRANCHES
 from paths import ROOT
+from workers import made_once
 
 
 def test_the_loss_of_labelled_rows_is_that_of_all_logits(model, batch):
@@ -320,7 +322,11 @@ CASES = {
 @pytest.fixture(scope="module")
 def two_processes(folder, tmp_path_factory):
     """The output folder of each case, and those of adapters resumed from their middle."""
-    root, mixed = tmp_path_factory.mktemp("two"), mixed_rows(folder)
+    return made_once(tmp_path_factory, "two processes", partial(train_by_two_processes, folder))
+
+
+def train_by_two_processes(folder, root):
+    mixed = mixed_rows(folder)
     save = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 1}
     score = {"eval_data": mixed, "per_device_eval_batch_size": 1}
     argvs = [
@@ -336,10 +342,8 @@ def two_processes(folder, tmp_path_factory):
         argvs.append(flags(mixed, out, **save, **ADAPTERS, **parallel, **resume))
     done = start(ROOT / "tests" / "finetune_on_cpus.py", [json.dumps(argvs)], processes=2)
     assert done.returncode == 0, done.stderr[-5000:]
-    return root
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one_that_accumulates(folder, tmp_path, two_processes, name):
     one = run(
@@ -373,7 +377,6 @@ def test_two_processes_train_as_one_that_accumulates(folder, tmp_path, two_proce
     ]  # fmt: skip
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("name", ["sharded adapters", "shared adapters"])
 def test_sharded_adapters_resume(two_processes, name):
     resumed = losses_on_disk(two_processes / f"{name} resumed")
