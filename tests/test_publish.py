@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -69,6 +70,17 @@ def test_the_repository_can_be_published(api, capsys):
     assert f"{(ROOT / 'tokenizer.json').stat().st_size:,}" in listing
     assert set(checkpoint_files.listed_files(ROOT)) < names
     assert {"ask.py", "constraints.txt", "docs/usage.md", "examples/clips/circle.mp4"} <= names
+
+
+def test_a_hub_that_is_not_reached_is_one_line(api, monkeypatch, capsys):
+    def create_repo(self, repo_id, **options):
+        raise HTTPError("Name or service not known")
+
+    monkeypatch.setattr(Api, "create_repo", create_repo)
+    monkeypatch.setattr(publish, "check_loads", lambda folder, names: None)
+    assert publish.main(["--repo-id", "me/videonsa"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "the Hub cannot be reached (Name or service" in line
 
 
 def test_the_repository_is_published_whole(api, tmp_path, monkeypatch, capsys):

@@ -26,6 +26,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from huggingface_hub.errors import HTTPError
 from videonsa import ROOT
 
 from commands.checkpoint_files import ADAPTER_CONFIG, listed_files, repository_files, upload
@@ -223,8 +224,14 @@ def main(arguments=None):
         parser.error(f"--copy {options.copy} exists; name a new folder")
     try:
         publish(**vars(options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:  # the Hub's refusals, too
         print(f"publish: {error}", file=sys.stderr)
+        return 2
+    except HTTPError as error:
+        print(
+            f"publish: the Hub cannot be reached ({error}): try again when it can",
+            file=sys.stderr,
+        )
         return 2
     return 0
 
