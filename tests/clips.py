@@ -212,6 +212,7 @@ def with_a_hole(folder, name, start, end, options=None):
         100,
         options=options or {"g": "25", "crf": "10"},
         container={"movflags": "faststart"},
+        context={"thread_count": 1},  # more write other bytes from time to time
     )
     data = bytearray(path.read_bytes())
     start, end = int(start * len(data)), int(end * len(data))
