@@ -38,7 +38,7 @@ from commands.answers_file import Answers
 from commands.asking_many import AskingMany, find_files, read_questions_file
 from commands.conversation import Conversation, is_media
 from commands.model_loading import prepare_model, stock_as_converted
-from commands.options import add_options, video_settings
+from commands.options import add_options, conversation_options, model_options
 from commands.subtitles import read_subtitles
 
 COMMANDS = (
@@ -202,13 +202,7 @@ def make_conversation(options):
     with tempfile.TemporaryDirectory() as folder:
         if options.plan:  # nothing is loaded, so a stock model is read as it would be converted
             name = stock_as_converted(name, Path(folder))
-        model = prepare_model(
-            name,
-            options.device,
-            options.backend,
-            options.attention,
-            options.load_in,
-        )
+        model = prepare_model(name, **model_options(options))
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
     quiet = options.json or options.out is not None
     conversation = Conversation(
@@ -216,9 +210,7 @@ def make_conversation(options):
         functools.partial(processes.load_shared, model),
         functools.partial(model.forecast_memory, processes=processes.count()),
         max_position_embeddings=model.config.text_config.max_position_embeddings,
-        settings=video_settings(options),
-        max_tokens=options.max_tokens,
-        max_new_tokens=options.max_new_tokens,
+        **conversation_options(options),
         write=None if quiet else functools.partial(print, end="", flush=True),
         say=say,
     )

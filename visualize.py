@@ -23,7 +23,7 @@ from transformers.utils import logging
 from commands.attention_view import MOST_FOR_SINKS, WatchedConversation
 from commands.conversation import is_media
 from commands.model_loading import prepare_model
-from commands.options import add_options, video_settings
+from commands.options import add_options, conversation_options, model_options
 
 
 def parse_arguments(argv=None):
@@ -68,21 +68,13 @@ def fail(message):
 
 
 def make_conversation(options):
-    model = prepare_model(
-        options.model,
-        options.device,
-        options.backend,
-        options.attention,
-        options.load_in,
-    )
+    model = prepare_model(options.model, **model_options(options))
     conversation = WatchedConversation(
         AutoProcessor.from_pretrained(options.model, trust_remote_code=True),
         model.load,
         model.forecast_memory,
         max_position_embeddings=model.config.text_config.max_position_embeddings,
-        settings=video_settings(options),
-        max_tokens=options.max_tokens,
-        max_new_tokens=options.max_new_tokens,
+        **conversation_options(options),
         write=functools.partial(print, end="", flush=True),
         say=say,
     )

@@ -199,34 +199,42 @@ def tower(model, inputs):
     model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
 
 
-def train(name, model, args):
+def add_adapters(model):
+    """The model with LoRA and gates to train, layers checkpointed, its tower frozen."""
     import peft
 
     options = {"r": 64, "target_modules": "model.language_model.*(q|k|v|o)_proj"}
-    model = peft.get_peft_model(model, peft.LoraConfig(**options))
-    for parameter, tensor in model.named_parameters():
-        if "g_proj" in parameter:
-            tensor.requires_grad_()
-    model.enable_input_require_grads()
-    base = model.get_base_model()
-    base.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    base.model.visual.eval()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+    for name, parameter in adapted.named_parameters():
+        if "g_proj" in name:
+            parameter.requires_grad_()
+    adapted.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted.train()
+    model.model.visual.eval()
+    return adapted
+
+
+def make_labels(inputs):
+    """What a training step takes besides: the question's tokens count as the answer."""
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -QUESTION + 4 :] = 9
+    shifted = labels.roll(-1, 1)
+    shifted[:, -1] = -100
+    keep = (shifted[0] != -100).nonzero()[:, 0]
+    labels = {"labels": labels, "shift_labels": shifted[:, keep], "logits_to_keep": keep}
+    return labels | {"use_cache": False}
+
+
+def train(name, base, args):
+    model = add_adapters(base)
     print(f"{'':6s} {'tokens':>8s} {'LLM s':>7s} {'GiB':>6s} {'whole s':>8s} {'GiB':>6s}")
     for tokens in args.sizes:
         try:
             inputs = make_inputs(base, tokens)
-            labels = torch.full_like(inputs["input_ids"], -100)
-            labels[:, -QUESTION + 4 :] = 9
-            shifted = labels.roll(-1, 1)
-            shifted[:, -1] = -100
-            keep = (shifted[0] != -100).nonzero()[:, 0]
-            common = {"labels": labels, "shift_labels": shifted[:, keep], "logits_to_keep": keep}
-            common |= {"use_cache": False}
-            positions = torch.arange(labels.shape[1], device="cuda").expand(3, 1, -1)
-            embeds = torch.randn(
-                1, labels.shape[1], 3584, device="cuda", dtype=torch.bfloat16
-            ).mul_(0.02)
+            common, length = make_labels(inputs), inputs["input_ids"].shape[1]
+            positions = torch.arange(length, device="cuda").expand(3, 1, -1)
+            embeds = torch.randn(1, length, 3584, device="cuda", dtype=torch.bfloat16).mul_(0.02)
             alone = {"inputs_embeds": embeds.requires_grad_(), "position_ids": positions}
             alone["mm_token_type_ids"] = inputs["mm_token_type_ids"]
             repeats = 2 if tokens <= 65536 else 1

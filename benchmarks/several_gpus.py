@@ -21,7 +21,7 @@ import time
 import torch
 import torch.distributed as dist
 import transformers
-from prefill import CLASSES, QUESTION, make_inputs, make_model, timed
+from prefill import CLASSES, add_adapters, make_inputs, make_labels, make_model, timed
 
 
 def main():
@@ -128,31 +128,11 @@ def apart(logits, wanted):
     return ((logits - wanted).abs().max() / wanted.abs().max()).item()
 
 
-def add_adapters(model):
-    import peft
-
-    options = {"r": 64, "target_modules": "model.language_model.*(q|k|v|o)_proj"}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
-    for name, parameter in adapted.named_parameters():
-        if "g_proj" in name:
-            parameter.requires_grad_()
-    adapted.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    model.model.visual.eval()
-    return adapted
-
-
 def compare_training(model, trained, tokens, repeats):
     for group in alone_and_shared():
         share(model, group)
         call = same_inputs(model, tokens)
-        labels = torch.full_like(call["input_ids"], -100)
-        labels[:, -QUESTION + 4 :] = 9
-        shifted = labels.roll(-1, 1)
-        shifted[:, -1] = -100
-        keep = (shifted[0] != -100).nonzero()[:, 0]
-        call |= {"labels": labels, "shift_labels": shifted[:, keep], "logits_to_keep": keep}
+        call |= make_labels(call)
         try:
             times = timed(functools.partial(step, trained, call, group), repeats)
             report("training", tokens, group, *times)
@@ -166,7 +146,7 @@ def compare_training(model, trained, tokens, repeats):
 
 
 def step(model, call, group):
-    model(**call, use_cache=False).loss.backward()
+    model(**call).loss.backward()
     if group is not None:
         for parameter in model.parameters():
             if parameter.grad is not None:

@@ -30,7 +30,15 @@ def add_options(parser) -> None:
     group.add_argument("--video-decoder", metavar="cpu|cuda", help="what decodes videos")
 
 
-def video_settings(options) -> dict:
-    """What the options ask of every video, as a call of the processor takes it."""
-    names = ("fps", "max_frames", "max_pixels", "video_readers", "video_decoder")
+def model_options(options) -> dict:
+    """What they say of the model, as `prepare_model` takes it."""
+    names = ("device", "backend", "attention", "load_in")
     return {name: getattr(options, name) for name in names}
+
+
+def conversation_options(options) -> dict:
+    """What they say of videos and answers, as a `Conversation` takes it."""
+    names = ("fps", "max_frames", "max_pixels", "video_readers", "video_decoder")
+    settings = {name: getattr(options, name) for name in names}
+    lengths = {name: getattr(options, name) for name in ("max_tokens", "max_new_tokens")}
+    return {"settings": settings, **lengths}

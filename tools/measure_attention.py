@@ -21,7 +21,7 @@ from commands.attention_view import WatchedConversation
 from commands.finetuning_rows import to_messages
 from commands.finetuning_sets import read_rows
 from commands.model_loading import prepare_model
-from commands.options import add_options, video_settings
+from commands.options import add_options, conversation_options, model_options
 from nsa_rules import BRANCHES
 
 
@@ -45,13 +45,7 @@ def read_questions(name):
 
 def watch(options):
     """(records, one for the same files; most-read shares over even ones, by kind of question)."""
-    model = prepare_model(
-        options.model,
-        options.device,
-        options.backend,
-        options.attention,
-        options.load_in,
-    )
+    model = prepare_model(options.model, **model_options(options))
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     loaded, records, peaks = model.load(), {}, defaultdict(list)
     for files, question, kind in read_questions(options.data):
@@ -60,9 +54,7 @@ def watch(options):
             lambda: loaded,
             model.forecast_memory,
             max_position_embeddings=model.config.text_config.max_position_embeddings,
-            settings=video_settings(options),
-            max_tokens=options.max_tokens,
-            max_new_tokens=options.max_new_tokens,
+            **conversation_options(options),
         )
         conversation.sinks = files not in records
         view = conversation.view(files, question, report=lambda line: None)
