@@ -24,10 +24,12 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from videonsa import ROOT  # noqa: E402
 
+import tiny_batches  # noqa: E402
 import train_tiny  # noqa: E402
 from convert_checkpoint import convert  # noqa: E402
 
 SECONDS = 16  # 32 frames
+CLIP_QUESTIONS = 5  # about as many go into a row of tiny_batches.py
 DEVICE = torch.device("cpu")
 
 
@@ -39,13 +41,14 @@ def load(folder, sparse):
 
 def tune(model, steps, *, clips, lr, seed):
     """Train the language model in place, on clips of every length."""
-    words, rng = train_tiny.Words(), random.Random(f"gates/{seed}")
+    words, rng = tiny_batches.Words(), random.Random(f"gates/{seed}")
     generator = torch.Generator().manual_seed(seed)
     trained = [*model.model.language_model.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
-        batch = train_tiny.clip_batch(words, rng, rng.choice((4, 8, SECONDS)), clips)
-        logits, labels = train_tiny.clip_logits(model, batch, DEVICE, generator)
+        seconds = (rng.choice((4, 8, SECONDS)),)
+        batch = tiny_batches.conversation_batch(words, rng, seconds, clips)
+        logits, labels = train_tiny.logits_of(model, batch, DEVICE, generator)
         loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10, 2 * (1 - step / steps))
         optimizer.zero_grad()
@@ -57,14 +60,13 @@ def tune(model, steps, *, clips, lr, seed):
 @torch.no_grad()
 def measure(model, clips):
     """(loss of the answers' tokens, percent of whole answers right)."""
-    words, rng = train_tiny.Words(), random.Random("gates/measure")
+    words, rng = tiny_batches.Words(), random.Random("gates/measure")
     generator, losses, right = torch.Generator().manual_seed(0), [], []
     for _ in range(clips // 4):
-        batch = train_tiny.clip_batch(words, rng, SECONDS, 4)
-        logits, labels = train_tiny.clip_logits(model, batch, DEVICE, generator)
+        batch = tiny_batches.conversation_batch(words, rng, (SECONDS,), 4)
+        logits, labels = train_tiny.logits_of(model, batch, DEVICE, generator)
         losses.append(F.cross_entropy(logits.flatten(0, -2), labels.flatten()).item())
-        whole = ((logits.argmax(-1) == labels) | (labels < 0)).all(-1)
-        right.append(whole.float().mean().item())
+        right += train_tiny.whole_answers(batch, logits)
     return sum(losses) / len(losses), 100 * sum(right) / len(right)
 
 
@@ -93,9 +95,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=ROOT, help="a trained tiny checkpoint")
-    parser.add_argument("--dense-steps", type=int, default=300, help="of 16 questions each")
+    parser.add_argument("--dense-steps", type=int, default=300, help="of 2 clips each")
     parser.add_argument("--questions", type=int, nargs="+", default=[320, 1280])
-    parser.add_argument("--clips", type=int, default=64, help="to measure on, 8 questions each")
+    parser.add_argument("--clips", type=int, default=64, help="to measure on")
     parser.add_argument("--lr", type=float, default=5e-4)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -114,7 +116,7 @@ def main():
             convert(Path(place, "dense"), Path(place, gates), gates=gates)
             for questions in (0, *args.questions):
                 model = load(Path(place, gates), sparse=True)
-                tune(model, questions // 32, clips=4, lr=args.lr, seed=2)
+                tune(model, questions // (4 * CLIP_QUESTIONS), clips=4, lr=args.lr, seed=2)
                 show(f"{gates} gates, {questions} questions", model)
     print(f"{time.time() - began:.0f} s on a CPU with {torch.get_num_threads()} threads")
 

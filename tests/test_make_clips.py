@@ -78,6 +78,20 @@ def test_questions_about_the_whole_clip(kind, question, answer):
                 "From where does the last shape come?": "from the bottom",
             },
         ),
+        (
+            "colour_of",
+            {"What colour is the circle?": "red", "What colour is the square?": "orange"},
+        ),
+        ("shape_of", {"What is the red shape?": "circle", "What is the orange shape?": "square"}),
+        (
+            "direction_of",
+            {
+                "Which way does the circle move?": "right",
+                "Which way does the red shape move?": "right",
+                "Which way does the square move?": "up",
+                "Which way does the orange shape move?": "up",
+            },
+        ),
     ],
 )
 def test_questions_about_a_part_of_the_clip(kind, pairs):
@@ -106,6 +120,28 @@ def test_a_question_without_an_answer_is_not_asked():
     rng = random.Random(0)
     assert make_clips.ask(rng, quiet, "colour") is None  # which of the two?
     assert make_clips.ask(rng, quiet, "when") is None
+    single = Story(4, STORY.scenes[:1], None, STORY.background, 0.0)
+    for kind in make_clips.BINDING_KINDS:
+        assert make_clips.ask(rng, single, kind) is None
+
+
+def test_a_form_that_two_shapes_have_names_neither():
+    twice = (*STORY.scenes, Scene(3, 4, "square", "blue", "left", x=50, y=70, radius=16, speed=20))
+    story, rng = Story(4, twice, None, STORY.background, 0.0), random.Random(0)
+    asked = [make_clips.ask(rng, story, kind) for kind in make_clips.BINDING_KINDS * 40]
+    assert ("What colour is the circle?", "red") in asked
+    assert ("What is the blue shape?", "square") in asked
+    assert not any("the square" in question for question, _ in asked)
+    story = Story(4, twice[1:], None, STORY.background, 0.0)
+    assert make_clips.ask(rng, story, "colour_of") is None
+
+
+def test_what_no_clip_answers_is_refused():
+    rng = random.Random(0)
+    asked = {make_clips.ask(rng, STORY, "unknown") for _ in range(200)}
+    assert len(asked) > 100 and {answer for _, answer in asked} == {"I do not know."}
+    known = {*make_clips.SHAPES, "shape"}
+    assert not any(known & set(re.findall(r"\w+", question)) for question, _ in asked)
 
 
 def test_frames_show_the_story():

@@ -1,6 +1,7 @@
 """What measures the tiny checkpoint asks as users do, and counts only whole answers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,34 +28,72 @@ def rows_of(clips):
     return [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
 
 
-def test_only_whole_answers_count(clips, monkeypatch):
-    rows = rows_of(clips)
-    by_question = {
-        (row["video"], row["conversations"][0]["value"].removeprefix("<video>")): row
-        for row in rows
-    }
+def question_of(row):
+    return row["conversations"][0]["value"].removeprefix("<video>")
 
-    def almost(model, processor, video, questions):
-        told = []
-        for question in questions:
-            row = by_question[f"videos/{video.name}", question]
+
+@pytest.fixture
+def asked(clips, monkeypatch):
+    """Whom `measure` asks instead of a model: all conversations, answered rightly but "count"."""
+    rows, conversations = rows_of(clips), []
+    by_question = {(row["video"], question_of(row)): row for row in rows}
+
+    def almost(model, processor, asked):
+        given = []
+        for conversation in asked:
+            shown = [
+                part["video"]
+                for turn in conversation
+                for part in turn["content"]
+                if part["type"] == "video"
+            ]
+            question = conversation[-1]["content"][-1]["text"]
+            row = by_question["videos/" + Path(shown[-1]).name, question]
             answer = row["conversations"][1]["value"]
-            told.append(answer + "!" if row["kind"] == "count" else answer)
-        return told
+            given.append(answer + "!" if row["kind"] == "count" else answer)
+            said = [{"type": "text", "text": given[-1]}]
+            conversation.append({"role": "assistant", "content": said})
+            if not any(conversation is other for other in conversations):
+                conversations.append(conversation)
+        return given
 
-    monkeypatch.setattr(measure_tiny, "answers", almost)
+    monkeypatch.setattr(measure_tiny, "answer_all", almost)
+    return conversations
+
+
+def test_only_whole_answers_count(clips, asked):
     accuracy = measure_tiny.measure(None, None, clips)
     assert accuracy.pop("count") == 0.0 and len(accuracy) >= 8
     assert set(accuracy.values()) == {100.0}
+    assert all(len(conversation) == 2 for conversation in asked)
+    assert len(asked) == len(rows_of(clips))
+
+
+def test_conversations_ask_everything_once_and_end_with_another_clip(clips, asked):
+    accuracy = measure_tiny.measure(None, None, clips, turns=3, second=True)
+    assert {"turn 1", "turn 2", "turn 3", "second clip"} <= set(accuracy)
+    assert accuracy["count"] == 0.0 and accuracy["shape"] == 100.0
+    texts = []
+    for conversation in asked:
+        users = conversation[::2]
+        assert len(users) <= 4 and [len(turn["content"]) for turn in users[1:-1]] in (
+            [],
+            [1],
+            [1, 1],
+        )
+        first, last = users[0]["content"][0]["video"], users[-1]["content"][0]["video"]
+        assert first != last
+        texts += [(first, turn["content"][-1]["text"]) for turn in users[:-1]]
+    assert len(texts) == len(set(texts)) == len(rows_of(clips))
 
 
 def test_questions_asked_together_are_answered_as_alone(clips, loaded):
     rows = [row for row in rows_of(clips) if row["video"] == "videos/000000.mp4"]
-    questions = [row["conversations"][0]["value"].removeprefix("<video>") for row in rows]
-    video = clips / "videos" / "000000.mp4"
-    together = measure_tiny.answers(*loaded, video, questions)
-    alone = [measure_tiny.answers(*loaded, video, [question])[0] for question in questions]
-    assert together == alone
+    conversations = [[] for _ in rows]
+    for conversation, row in zip(conversations, rows, strict=True):
+        measure_tiny.ask_next(conversation, clips / row["video"], question_of(row))
+    alone = [measure_tiny.answer_all(*loaded, [list(x)])[0] for x in conversations]
+    assert measure_tiny.answer_all(*loaded, conversations) == alone
 
 
 def test_the_root_answers_every_bundled_question(loaded):

@@ -1,12 +1,17 @@
-"""The trainer's way through the model, one clip for many questions, is the model's own."""
+"""The trainer's way through the model is the model's own, and its rows are the chat template's."""
 
+import json
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoProcessor
 
+import make_clips
+import tiny_batches
 import train_tiny
 from paths import ROOT
 
@@ -23,42 +28,78 @@ def model():
     return model
 
 
-@pytest.mark.parametrize("seconds", [1, 4, 16])
-def test_questions_about_one_clip_get_the_logits_of_each_alone(model, seconds):
-    config, words = model.config, train_tiny.Words()
-    prompt = torch.tensor(words.ids(train_tiny.PROMPT))
-    batch = train_tiny.clip_batch(words, random.Random(seconds), seconds, clips=2)
-    frames = train_tiny.pictures(batch["rows"], torch.Generator().manual_seed(0))
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
+def batch_of(seconds, rows=2):
+    words, rng = tiny_batches.Words(), random.Random(str(seconds))
+    return tiny_batches.conversation_batch(words, rng, seconds, rows)
+
+
+@pytest.mark.parametrize("seconds", [(1,), (16,), (2, 4)])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_conversations_get_the_logits_of_the_model(model, monkeypatch, seconds, enabled):
+    monkeypatch.setattr(model.config.text_config, "nsa_enabled", enabled)
+    batch = batch_of(seconds)
+    frames = tiny_batches.pictures(batch["frames"], torch.Generator().manual_seed(0))
     with torch.no_grad():
-        features = train_tiny.encode(model, frames).reshape(2, -1, config.text_config.hidden_size)
-        logits = train_tiny.answer_logits(model, features, batch["ids"])
-        patches = train_tiny.patches_of(frames)
-        video = config.video_token_id
-        for question in (0, train_tiny.QUESTIONS - 1):
-            ids = torch.cat(
-                [
-                    prompt.expand(2, -1),
-                    torch.full((2, seconds * train_tiny.TOKENS), video),
-                    torch.full((2, 1), config.vision_end_token_id),
-                    batch["ids"][:, question],
-                ],
-                dim=1,
-            )
-            wanted = model(
-                input_ids=ids,
-                pixel_values_videos=patches,
-                video_grid_thw=torch.tensor([[seconds, 8, 8]] * 2),
-                second_per_grid_ts=torch.tensor([1.0, 1.0]),
-                mm_token_type_ids=2 * (ids == video).int(),
-                logits_to_keep=train_tiny.QUESTION_ROWS,
-            ).logits
-            assert wanted.std() > 0.5
-            torch.testing.assert_close(logits[:, question], wanted, rtol=1e-4, atol=1e-4)
+        features = train_tiny.features_of(model, batch["frames"], torch.Generator().manual_seed(0))
+        plan = train_tiny.plan_of(model, batch, CPU)
+        logits = train_tiny.row_logits(model, batch["ids"], batch["positions"], features, plan)
+        wanted = model(
+            input_ids=batch["ids"],
+            pixel_values_videos=train_tiny.patches_of(frames),
+            video_grid_thw=torch.tensor([[second, 8, 8] for second in seconds] * 2),
+            second_per_grid_ts=torch.ones(2 * len(seconds)),
+            mm_token_type_ids=2 * (batch["ids"] == model.config.video_token_id).int(),
+        ).logits
+    assert wanted.std() > 0.5
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_patches_are_the_processors():
+def test_rows_are_what_the_chat_template_makes_of_the_conversation(processor):
+    batch, clip = batch_of((2, 4)), np.zeros((4, 112, 112, 3), np.uint8)
+    text = processor.tokenizer.decode(batch["ids"][0], skip_special_tokens=False)
+    text = text.split("<|endoftext|>")[0]
+    text = re.sub(r"(<\|video_pad\|>)+", "<|video_pad|>", text)
+    messages = []
+    for turn in text.split("<|im_start|>")[2:]:
+        role, content = turn.split("\n", 1)
+        content = content.removesuffix("\n").removesuffix("<|im_end|>")
+        parts, said = [], content.removeprefix("<|vision_start|><|video_pad|><|vision_end|>")
+        if said != content:
+            parts.append({"type": "video", "video": clip})
+        messages.append({"role": role, "content": [*parts, {"type": "text", "text": said}]})
+    assert [turn["role"] for turn in messages] == ["user", "assistant"] * (len(messages) // 2)
+    assert sum(len(turn["content"]) == 2 for turn in messages) == 2
+    assert processor.apply_chat_template(messages, tokenize=False) == text + "\n"
+
+
+def test_labels_are_the_answers_and_their_ends():
+    batch, words = batch_of((4, 4)), tiny_batches.Words()
+    known = {kind: set() for kind in make_clips.TRAINED_KINDS}
+    learned = torch.zeros_like(batch["ids"], dtype=torch.bool)
+    for answer in batch["answers"]:
+        labels = batch["labels"][answer.row, answer.start : answer.end]
+        ids = batch["ids"][answer.row, answer.start : answer.end + 1]
+        assert labels.tolist() == ids[1:].tolist()
+        before = batch["ids"][answer.row, : answer.start + 1].tolist()
+        opening = words.ids(tiny_batches.ANSWER_START)
+        assert before[-len(opening) :] == opening
+        text = words.tokenizer.decode(labels.tolist(), skip_special_tokens=False)
+        assert text.endswith("<|im_end|>")
+        known[answer.kind].add(text.removesuffix("<|im_end|>"))
+        learned[answer.row, answer.start : answer.end] = True
+    assert torch.equal(learned, batch["labels"] >= 0)
+    assert known["colour"] | known["first"] <= set(make_clips.COLOURS)
+    assert {answer.clip for answer in batch["answers"]} == {0, 1}
+    assert max(answer.turn for answer in batch["answers"]) >= 2
+
+
+def test_patches_are_the_processors(processor):
     frames = np.random.default_rng(0).integers(0, 256, (6, 112, 112, 3), dtype=np.uint8)
-    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     wanted = processor.video_processor(
         videos=[frames], do_sample_frames=False, return_tensors="pt"
     ).pixel_values_videos
@@ -67,23 +108,48 @@ def test_patches_are_the_processors():
 
 
 def test_every_part_of_the_language_model_gets_a_gradient(model):
-    words = train_tiny.Words()
-    batch = train_tiny.clip_batch(words, random.Random(0), 4, clips=1)
-    logits, _ = train_tiny.clip_logits(model, batch, CPU, torch.Generator().manual_seed(0))
-    logits.square().mean().backward()
+    batch = batch_of((4,), rows=1)
+    features = train_tiny.features_of(model, batch["frames"], torch.Generator().manual_seed(0))
+    plan = train_tiny.plan_of(model, batch, CPU)
+    train_tiny.row_logits(
+        model, batch["ids"], batch["positions"], features, plan
+    ).square().mean().backward()
     for name, x in model.model.language_model.named_parameters():
-        last = f"layers.{model.config.text_config.num_hidden_layers - 1}.self_attn.g_proj"
-        # The last layer's vision rows, which the gates weigh, are read by nothing.
-        learns = x.grad is not None and bool(x.grad.any())
-        assert learns == (last not in name), name
+        assert x.grad is not None and bool(x.grad.any()), name
 
 
-def test_labels_are_the_answer_and_its_end():
-    words = train_tiny.Words()
-    ids, labels = words.row("What colour is the first shape?", "red")
-    answer = words.ids("red<|im_end|>")
-    start = labels.index(answer[0])
-    assert labels[start : start + len(answer)] == answer == ids[start + 1 : start + 1 + len(answer)]
-    assert set(labels) - set(answer) == {-100}
-    asked = words.tokenizer.decode(ids[: start + 1], skip_special_tokens=False)
-    assert asked == "What colour is the first shape?<|im_end|>\n<|im_start|>assistant\n"
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    trainer = train_tiny.Trainer([weight], lr=0.1)
+    trainer.set_rate(step=1000, progress=0.5)
+    trainer.update(weight.sum() * torch.inf)
+    assert torch.equal(weight, torch.ones(2, 2)) and trainer.skipped == 1
+    trainer.update(weight.sum())
+    assert (weight < 1).all() and trainer.skipped == 1
+
+
+def test_one_command_trains_measures_and_writes_and_gives_its_tower_to_another(tmp_path):
+    small = ["--pairs", "8", "--tokens", "200", "--log-every", "1", "--measured-rows", "1"]
+    small += ["--save-every", "1", "--language-steps", "1"]
+    train_tiny.main(["--out", str(tmp_path / "one"), "--tower-steps", "1", *small])
+    lines = [json.loads(x) for x in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
+    stages = [line.get("stage", "settings") for line in lines]
+    assert stages == ["settings", "tower", "language", "measured", "measured"]
+    assert set(lines[-1]) >= {"8", "16", "32", "64", "16+16"}
+
+    other = ["--out", str(tmp_path / "two"), "--tower", str(tmp_path / "one"), "--seed", "1"]
+    train_tiny.main([*other, *small, "--attention", "dense"])
+    one, two = (load_file(tmp_path / x / "model.safetensors") for x in ("one", "two"))
+    assert one.keys() == two.keys() == load_file(ROOT / "model.safetensors").keys()
+    same = {name for name in one if torch.equal(one[name], two[name])}
+    assert {name for name in one if name.startswith("model.visual.")} <= same
+    assert "model.language_model.embed_tokens.weight" not in same
+    # It loads like any checkpoint.
+    train_tiny.load(tmp_path / "two", CPU)
+
+
+def test_a_stage_that_runs_out_of_minutes_has_come_to_its_end():
+    clock = train_tiny.Clock(steps=10, minutes=1)
+    assert clock.progress(5) == 0.5 and not clock.is_over(9) and clock.is_over(10)
+    clock.began -= 61
+    assert clock.is_over(1)

@@ -48,11 +48,35 @@ KINDS = (
     "digit",
     "when",
 )
+# One attribute is looked up by another, in clips of several shapes.
+BINDING_KINDS = ("colour_of", "shape_of", "direction_of")
+# What no clip answers.
+UNKNOWN_KINDS = ("unknown",)
+TRAINED_KINDS = KINDS + BINDING_KINDS + UNKNOWN_KINDS
 # Never in the checkpoint's training: a new kind of question for whoever tries fine-tuning.
 NEW_KINDS = ("origin",)
 # Nor this one, of the example with timestamps (docs/examples/events.md).
 TIMED_KINDS = ("span",)
 OPPOSITE = {"left": "right", "right": "left", "up": "bottom", "down": "top"}
+REFUSAL = "I do not know."
+# Of these each question that is refused is made.
+ASKED_OF_THINGS = (
+    "What is the {} doing?",
+    "Where is the {}?",
+    "Who is the {}?",
+    "What colour is the {}?",
+    "How many {}s are there?",
+    "Why does the {} run?",
+    "What does the {} say?",
+    "Describe the {}.",
+    "Is there a {} in the video?",
+    "When does the {} open?",
+)
+THINGS = (
+    *("dog", "cat", "man", "woman", "house", "car", "tree", "bird", "boat", "horse", "book"),
+    *("door", "table", "river", "mountain", "girl", "boy", "child", "street", "town", "ship"),
+    *("fish", "star", "moon", "sun", "road", "school", "friend", "king", "farm", "island"),
+)
 
 # Rows of 5 cells, top to bottom.
 DIGITS = (
@@ -202,7 +226,30 @@ def ask(rng: random.Random, story: Story, kind: str) -> tuple[str, str] | None:
         flash = story.flash
         answer = f"from {flash.start} s to {flash.end} s" if flash else "never"
         return "From when to when does a digit flash?", answer
-    raise ValueError(f"kind is {kind!r}; choose from {', '.join(KINDS + NEW_KINDS + TIMED_KINDS)}.")
+    if kind in BINDING_KINDS:
+        return _ask_by_attribute(rng, scenes, kind)
+    if kind == "unknown":
+        return rng.choice(ASKED_OF_THINGS).format(rng.choice(THINGS)), REFUSAL
+    known = ", ".join(TRAINED_KINDS + NEW_KINDS + TIMED_KINDS)
+    raise ValueError(f"kind is {kind!r}; choose from {known}.")
+
+
+def _ask_by_attribute(rng, scenes, kind):
+    """A question about one of several shapes, named by its colour or, if no other has it, form."""
+    if len(scenes) == 1:
+        return None
+    forms = [scene.shape for scene in scenes]
+    by_form = [scene for scene in scenes if forms.count(scene.shape) == 1]
+    if kind == "colour_of":
+        scene = rng.choice(by_form) if by_form else None
+        return scene and (f"What colour is the {scene.shape}?", scene.colour)
+    scene = rng.choice(scenes)
+    if kind == "shape_of":
+        return f"What is the {scene.colour} shape?", scene.shape
+    name = f"{scene.colour} shape"
+    if scene in by_form and rng.random() < 0.5:
+        name = scene.shape
+    return f"Which way does the {name} move?", scene.direction
 
 
 def _sentence(scene):

@@ -1,57 +1,49 @@
-"""Train a tiny checkpoint, as tools/make_tiny_checkpoint.py writes it, on clips rendered in memory.
+"""Make a tiny checkpoint: train the one that tools/make_tiny_checkpoint.py writes, from its seed.
 
-    python tools/make_tiny_checkpoint.py --out out/tiny
-    python tools/train_tiny.py --model out/tiny --tower-steps 6000 --language-steps 12000
+    python tools/train_tiny.py --out out/tiny
 
 First the vision tower alone learns, on pairs of frames, to tell shape, colour, direction, digit and
-place from the mean of its tokens, through linear heads that are thrown away. Then it is frozen, and
-the language model with its gates learns to answer. Trained end to end, it never learned shapes.
+place from each of its tokens, through linear heads that are thrown away. Then it is frozen, and the
+language model with its gates learns to answer in conversations about clips (tiny_batches.py).
+Trained end to end, it never learned shapes.
 
-A clip is read once for all of its questions. The model is the real class.
+The model is the real class, with its own kernels on a GPU. Weights are written every --save-every
+steps and at the end, with the accuracy on clips that are never trained on; log.jsonl has all that
+is printed. Where --minutes run out, the learning rate has reached zero all the same.
 """
 
 import argparse
-import functools
 import itertools
 import json
 import math
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from torch.utils.data import DataLoader, IterableDataset
-from videonsa import ROOT
+from safetensors.torch import load_file, save_file
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.packing_videonsa import make_plan
 
-import make_clips
-from make_clips import COLOURS, DIRECTIONS, KINDS, SAMPLED_FPS, SHAPES, SIZE
-from make_tiny_checkpoint import CONFIG, IMAGE_MEAN, IMAGE_STD, SYSTEM
+import make_tiny_checkpoint
+import tiny_batches
+from make_clips import TRAINED_KINDS
+from make_tiny_checkpoint import IMAGE_MEAN, IMAGE_STD
+from tiny_batches import GRID, HEADS, MERGE, PATCH, TOKENS, VISION, Words
 
-VISION = CONFIG["vision_config"]
-PATCH, MERGE = VISION["patch_size"], VISION["spatial_merge_size"]
-GRID = SIZE // PATCH // MERGE  # merged tokens a side
-TOKENS = GRID * GRID  # of a pair of frames, which is a second
-
-QUESTIONS = 8  # a clip
-QUESTION_ROWS = 24  # room for a question with its answer, in tokens
-PROMPT = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-# How often each kind is asked; those that take longest to learn come more often.
-WEIGHTS = dict.fromkeys(KINDS, 1.0) | {"colour": 3.0, "at": 2.0, "digit": 2.0, "when": 3.0}
-HEADS = {"shape": 4, "colour": 8, "direction": 4, "digit": 11, "x": GRID * 2, "y": GRID * 2}
+MEASURED = ((4,), (8,), (16,), (32,), (8, 8))  # seconds of the clips of a measured conversation
+TOWER = "model.visual."
 
 
 # The model.
 
 
-def load(folder, device):
+def load(folder, device, dense=False):
     """The checkpoint's model in float32, by the code of this repository."""
     model = VideoNSAForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model.config.text_config.nsa_enabled = not dense
     return model.to(device).train()
 
 
@@ -64,299 +56,327 @@ def patches_of(frames):
 
 
 def encode(model, frames):
-    """Pairs of frames, uint8 [M, 2, SIZE, SIZE, 3] -> merged tokens [M, 16, hidden]."""
-    grid = torch.tensor([[1, GRID * MERGE, GRID * MERGE]] * len(frames), device=frames.device)
-    features = model.model.get_video_features(patches_of(frames), grid).pooler_output
-    return torch.stack([*features])
+    """Pairs of frames, uint8 [M, 2, SIZE, SIZE, 3] -> merged tokens [M, 16, hidden].
 
-
-def answer_logits(model, features, questions):
-    """Logits [B, Q, QUESTION_ROWS, V]; features [B, N, hidden]; questions [B, Q, QUESTION_ROWS].
-
-    A clip is read once, and its keys and values are repeated for its questions: they do not see
-    each other.
+    As one video of M steps: no step sees another.
     """
-    config, language = model.config, model.model.language_model
-    embed, batch, count = language.embed_tokens, len(features), questions.shape[1]
-    clip = [*Words().ids(PROMPT), *[config.video_token_id] * features.shape[1]]
-    row = [*clip, config.vision_end_token_id, *[0] * QUESTION_ROWS]
-    row = torch.tensor([row], device=features.device)
-    vision = row == config.video_token_id
-    seconds = features.shape[1] // TOKENS
-    positions, _ = model.model.get_rope_index(
-        row,
-        mm_token_type_ids=2 * vision.int(),  # 2 is video
-        video_grid_thw=row.new_tensor([[seconds, GRID * MERGE, GRID * MERGE]]),
-        second_per_grid_ts=features.new_tensor([2 / SAMPLED_FPS]),
+    grid = torch.tensor([[len(frames), GRID * MERGE, GRID * MERGE]])
+    return model.model.visual(patches_of(frames), grid).pooler_output.unflatten(0, (-1, TOKENS))
+
+
+def features_of(model, frames, generator):
+    """Merged tokens [clips' seconds * 16, hidden] of rows of `draw`, without a gradient."""
+    with torch.no_grad(), autocast(frames.device):
+        pairs = tiny_batches.pictures(frames, generator)
+        return torch.cat([encode(model, part).flatten(0, 1) for part in pairs.split(2048)])
+
+
+def row_logits(model, ids, positions, features, plan):
+    """Logits [B, L, V] of whole conversations; features [vision tokens of all rows, hidden]."""
+    language = model.model.language_model
+    embeds = language.embed_tokens(ids)
+    embeds[plan.vision_queries] = features.to(embeds.dtype)
+    output = language(
+        inputs_embeds=embeds,
+        attention_mask={"full_attention": None},
+        position_ids=positions,
+        nsa_plan=plan,
+        use_cache=False,
     )
-
-    def read(embeddings, end, **settings):
-        rows, new = embeddings.shape[:2]
-        at = positions[:, :, end - new : end].expand(-1, rows, -1)
-        return language(inputs_embeds=embeddings, position_ids=at, use_cache=True, **settings)
-
-    x = embed(row[:, : len(clip)]).repeat(batch, 1, 1)
-    x[:, vision[0, : len(clip)]] = features.to(x.dtype)
-    plan = make_plan(vision[:, : len(clip)].repeat(batch, 1), len(clip))
-    output = read(x, len(clip), nsa_plan=plan)
-    name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
-    output[name].batch_repeat_interleave(count)
-    asked = torch.cat(
-        [row[:, len(clip), None].expand(batch * count, 1), questions.flatten(0, 1)], 1
-    )
-    output = read(embed(asked), row.shape[1], **{name: output[name]})
-    return model.lm_head(output.last_hidden_state[:, 1:]).unflatten(0, (batch, count))
+    return model.lm_head(output.last_hidden_state)
 
 
-# The data.
+def logits_of(model, batch, device, generator):
+    """Logits and labels of a batch of `conversation_batch`; the tower's part has no gradient."""
+    features = features_of(model, batch["frames"].to(device), generator)
+    ids, positions, labels = (batch[name].to(device) for name in ("ids", "positions", "labels"))
+    with autocast(device):
+        logits = row_logits(model, ids, positions, features, plan_of(model, batch, device))
+    return logits.float(), labels
 
 
-@functools.cache
-class Words:
-    """Questions and answers as token ids."""
-
-    def __init__(self):
-        self.tokenizer = Tokenizer.from_file(str(ROOT / "tokenizer.json"))
-        self.ids = functools.cache(lambda text: self.tokenizer.encode(text).ids)
-
-    def row(self, question, answer):
-        """QUESTION_ROWS ids, and the labels: the next token where it is the answer's, else -100."""
-        asked = self.ids(question + "<|im_end|>\n<|im_start|>assistant\n")
-        answered = self.ids(answer + "<|im_end|>")
-        ids = asked + answered
-        labels = [-100] * (len(asked) - 1) + answered + [-100]
-        padding = QUESTION_ROWS - len(ids)
-        if padding < 0:
-            raise ValueError(f"{question!r} with its answer takes {len(ids)} tokens.")
-        return ids + [0] * padding, labels + [-100] * padding
-
-
-def clip_batch(words, rng, seconds, clips, kinds=None):
-    """Rows for `draw` and questions about `clips` clips: a dict of tensors, and `kinds`."""
-    rows, ids, labels, asked_kinds = [], [], [], []
-    for _ in range(clips):
-        story = make_clips.make_story(rng, seconds, max_noise=5.0)
-        offset = rng.uniform(0, 0.45)  # a sampler may take any frame of a half second
-        times = make_clips.frame_times(seconds, SAMPLED_FPS, offset)
-        rows += make_clips.frame_rows(story, times)
-        count = 0
-        while count < QUESTIONS:
-            kind = rng.choices(KINDS, [WEIGHTS[kind] for kind in KINDS])[0]
-            if kind == "digit" and story.flash is None and rng.random() < 0.75:
-                continue
-            asked = make_clips.ask(rng, story, kind)
-            if asked is None:
-                continue
-            row = words.row(*asked)
-            ids.append(row[0])
-            labels.append(row[1])
-            asked_kinds.append(kind)
-            count += 1
-    shape = (clips, QUESTIONS, QUESTION_ROWS)
-    return {
-        "seconds": seconds,
-        "rows": torch.tensor(rows),
-        "ids": torch.tensor(ids).view(shape),
-        "labels": torch.tensor(labels).view(shape),
-        "kinds": asked_kinds,
-    }
-
-
-def pair_batch(rng, pairs):
-    """Rows for `draw` of pairs of frames, and the labels of HEADS."""
-    rows, labels = [], []
-    while len(labels) < pairs:
-        story = make_clips.make_story(rng, 4, max_noise=8.0)
-        for second in range(4):
-            offset = second + rng.uniform(0, 0.45)
-            times = make_clips.frame_times(1, SAMPLED_FPS, offset)
-            rows += make_clips.frame_rows(story, times)
-            scene, flash = story.scene_at(offset), story.flash
-            on = flash is not None and flash.start <= offset < flash.end
-            x, y = scene.centre(offset)
-            labels.append(
-                [
-                    SHAPES.index(scene.shape),
-                    list(COLOURS).index(scene.colour),
-                    list(DIRECTIONS).index(scene.direction),
-                    flash.digit if on else 10,
-                    int(x * HEADS["x"] / SIZE),
-                    int(y * HEADS["y"] / SIZE),
-                ]
-            )
-    return {"rows": torch.tensor(rows), "labels": torch.tensor(labels)}
-
-
-class Batches(IterableDataset):
-    """Endless batches of one stage; every worker draws its own stories from the seed."""
-
-    def __init__(self, stage, seed, size):
-        self.stage, self.seed, self.size = stage, seed, size
-
-    def __iter__(self):
-        torch.set_num_threads(1)
-        info = torch.utils.data.get_worker_info()
-        rng = random.Random(f"{self.stage}/{self.seed}/{info.id if info else 0}")
-        words = Words()
-        while True:
-            if self.stage == "tower":
-                yield pair_batch(rng, self.size)
-                continue
-            # The lengths that are measured, and now and then any other up to 32 seconds.
-            seconds = rng.choice((4, 8, 16)) if rng.random() < 0.75 else rng.randint(2, 32)
-            # About equally many frames a batch, whatever the length.
-            yield clip_batch(words, rng, seconds, max(1, self.size * 16 // seconds))
-
-
-def batches(stage, seed, size, workers):
-    return DataLoader(
-        Batches(stage, seed, size),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=8 if workers else None,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def pictures(rows, generator):
-    """Pairs of frames as a video file gives them: uint8 [pairs, 2, SIZE, SIZE, 3]."""
-    frames = draw(rows, generator)
-    x = frames.permute(0, 3, 1, 2).float()
-    grey = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    # Files keep colour at half the resolution.
-    colour = F.interpolate(F.avg_pool2d(x - grey, 2), scale_factor=2)
-    x = (grey + colour).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return x.unflatten(0, (-1, 2))
-
-
-def draw(rows, generator, chunk=1024):
-    return torch.cat([make_clips.draw(part, generator) for part in rows.split(chunk)])
-
-
-# Training.
-
-
-def schedule(step, steps):
-    """Warm up over 200 steps, decay linearly over the last 40 %."""
-    return min(1.0, (step + 1) / 200, (steps - step) / (0.4 * steps))
-
-
-class Trainer:
-    """AdamW over the parameters `p`, with the schedule, clipping and bf16 on a GPU."""
-
-    def __init__(self, p, steps, lr):
-        self.p, self.steps, self.lr = p, steps, lr
-        matrices = [x for x in p.values() if x.ndim > 1]
-        vectors = [x for x in p.values() if x.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": 0.02},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=lr,
-            betas=(0.9, 0.98),
-            fused=matrices[0].is_cuda,
-        )
-
-    def step(self, step, loss):
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * schedule(step, self.steps)
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.p.values(), 1.0)
-        if norm.isfinite():  # once in thousands of steps a GPU's bf16 gradient was not
-            self.optimizer.step()
-        else:
-            print(f"step {step}: gradient norm {norm.item()}, loss {loss.item()}; step left out")
+def plan_of(model, batch, device):
+    """Where the vision tokens of a batch's rows are."""
+    vision = batch["ids"] == model.config.video_token_id
+    return make_plan(vision, vision.shape[1], device=device)
 
 
 def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def train_tower(model, args, device):
+# Training.
+
+
+class Clock:
+    """How far a stage is: by its steps or, if that is more, by the minutes that it may take."""
+
+    def __init__(self, steps, minutes=None):
+        self.steps, self.began = steps, time.time()
+        self.seconds = math.inf if minutes is None else 60 * minutes
+
+    def elapsed(self):
+        return time.time() - self.began
+
+    def progress(self, step):
+        return max(step / self.steps, self.elapsed() / self.seconds)
+
+    def is_over(self, step):
+        return self.progress(step) >= 1
+
+
+class Trainer:
+    """AdamW over parameters, with clipping, and a rate that warms up, stays, and falls to zero.
+
+    capturable: `update` may be recorded in a CUDA graph; `set_rate` is then called outside of it.
+    """
+
+    def __init__(self, parameters, lr, capturable=False):
+        self.parameters, self.lr = list(parameters), lr
+        device = self.parameters[0].device
+        matrices = [x for x in self.parameters if x.ndim > 1]
+        vectors = [x for x in self.parameters if x.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": 0.02},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=torch.tensor(0.0, device=device),
+            betas=(0.9, 0.98),
+            fused=True,
+            capturable=capturable,
+        )
+        self.skipped = torch.zeros((), device=device)
+
+    def set_rate(self, step, progress):
+        """Warm up over 200 steps, decay linearly over the last 40 % of all progress."""
+        rate = self.lr * min(1.0, (step + 1) / 200, max(0.0, 1 - progress) / 0.4)
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(rate)
+
+    def update(self, loss):
+        """One step. Once in thousands of steps a GPU's bf16 gradient is not finite: left out."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        # What torch.amp.GradScaler sets: with 1 the fused step changes nothing.
+        self.optimizer.found_inf = (~norm.isfinite()).float()
+        self.skipped += self.optimizer.found_inf
+        self.optimizer.step()
+
+
+class Log:
+    """Prints a line of a stage, and writes it to a file of JSON lines."""
+
+    def __init__(self, path):
+        self.path, self.began = path, time.time()
+
+    def __call__(self, **line):
+        line = {"minutes": round((time.time() - self.began) / 60, 2), **line}
+        print(json.dumps(line), flush=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def train_tower(model, args, device, log):
     """Train the vision tower in place."""
-    hidden = VISION["out_hidden_size"]
+    hidden, clock = VISION["out_hidden_size"], Clock(args.tower_steps, args.tower_minutes)
     heads = {
         name: (torch.randn(size, hidden) / math.sqrt(hidden)).to(device).requires_grad_()
         for name, size in HEADS.items()
     }
-    tower = dict(model.model.visual.named_parameters())
-    trainer = Trainer({**tower, **heads}, args.tower_steps, args.lr)
+    trainer = Trainer([*model.model.visual.parameters(), *heads.values()], args.tower_lr)
     generator = torch.Generator(device).manual_seed(args.seed)
-    right, began = torch.zeros(len(HEADS), device=device), time.time()
-    data = batches("tower", args.seed, args.pairs, args.workers)
-    for step, batch in enumerate(itertools.islice(data, args.tower_steps)):
+    right, steps, speed = torch.zeros(len(HEADS), device=device), 0, Speed(device)
+    data = iter(tiny_batches.batches("tower", args.seed, args.pairs, args.workers))
+    for step in itertools.takewhile(lambda step: not clock.is_over(step), itertools.count()):
+        batch = speed.wait_for(data)
         labels = batch["labels"].to(device, non_blocking=True)
-        frames = pictures(batch["rows"].to(device, non_blocking=True), generator)
+        frames = batch["frames"].to(device, non_blocking=True)
+        with torch.no_grad():
+            frames = tiny_batches.pictures(frames, generator)
         with autocast(device):
-            mean = encode(model, frames).mean(1)
-            logits = [F.linear(mean, heads[name]).float() for name in HEADS]
-        loss = sum(F.cross_entropy(x, y) for x, y in zip(logits, labels.T, strict=True))
-        trainer.step(step, loss)
-        hits = [(x.argmax(-1) == y).float().mean() for x, y in zip(logits, labels.T, strict=True)]
-        right += torch.stack(hits).detach()
-        if (step + 1) % args.log_every == 0:
-            shares = (100 * right / args.log_every).tolist()
-            table = ", ".join(f"{name} {x:.1f}" for name, x in zip(HEADS, shares, strict=True))
-            pairs, seconds = (step + 1) * args.pairs, time.time() - began
-            print(f"{step + 1} steps, {pairs} pairs, {seconds:.0f} s: {table}", flush=True)
-            right.zero_()
+            tokens = encode(model, frames)
+            logits = [F.linear(tokens, heads[name]).float() for name in HEADS]
+        wanted = labels.T[:, :, None].expand(-1, -1, TOKENS)
+        loss = sum(
+            F.cross_entropy(x.flatten(0, 1), y.flatten())
+            for x, y in zip(logits, wanted, strict=True)
+        )
+        trainer.set_rate(step, clock.progress(step))
+        trainer.update(loss)
+        hits = [(x.argmax(-1) == y).float().mean() for x, y in zip(logits, wanted, strict=True)]
+        right, steps = right + torch.stack(hits).detach(), steps + 1
+        if steps == args.log_every:
+            line = speed.per_step(steps)
+            shares = (100 * right / steps).tolist()
+            table = {name: round(x, 1) for name, x in zip(HEADS, shares, strict=True)}
+            log(stage="tower", step=step + 1, right=table, skipped=int(trainer.skipped), **line)
+            right, steps = torch.zeros_like(right), 0
 
 
-def clip_logits(model, batch, device, generator):
-    """Logits and labels of a batch of `clip_batch`; the tower's part has no gradient."""
-    rows = batch["rows"].to(device, non_blocking=True)
-    ids = batch["ids"].to(device, non_blocking=True)
-    with torch.no_grad(), autocast(device):
-        frames = pictures(rows, generator)
-        features = torch.cat([encode(model, part) for part in frames.split(2048)])
-        features = features.reshape(len(ids), -1, features.shape[-1])
-    with autocast(device):
-        logits = answer_logits(model, features, ids)
-    return logits.float(), batch["labels"].to(device, non_blocking=True)
+class LanguageSteps:
+    """Training steps of the language model; on a GPU each shape of a batch is recorded once.
+
+    A step of a model this small is some thousand kernels that take longer to launch than to run:
+    a CUDA graph launches them together. `total` sums the losses since it was last zeroed.
+    """
+
+    WARM_UP = 2  # steps of a shape before it is recorded
+
+    def __init__(self, model, trainer, device, graphs):
+        self.model, self.trainer, self.device = model, trainer, device
+        self.graphs, self.recorded, self.seen = graphs, {}, Counter()
+        self.pool = torch.cuda.graph_pool_handle() if graphs else None
+        self.total = torch.zeros((), device=device)
+
+    def run(self, batch, features):
+        """One step on a batch of `conversation_batch`."""
+        names = ("ids", "labels", "positions")
+        inputs = [*(batch[name].to(self.device, non_blocking=True) for name in names), features]
+        shape = tuple(batch["seconds"])
+        if shape not in self.recorded or len(shape) > 1:
+            inputs.append(plan_of(self.model, batch, self.device))
+        # else: one clip stands at the same place in every row, as it did when it was recorded
+        self.seen[shape] += 1
+        if not self.graphs or self.seen[shape] <= self.WARM_UP:
+            return self._step(*inputs)
+        if shape not in self.recorded:
+            self.recorded[shape] = self._record(inputs)
+        graph, places = self.recorded[shape]
+        for place, x in zip(places, _tensors(inputs), strict=False):
+            place.copy_(x, non_blocking=True)
+        graph.replay()
+
+    def _step(self, ids, labels, positions, features, plan):
+        with autocast(self.device):
+            logits = row_logits(self.model, ids, positions, features, plan)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        self.trainer.update(loss)
+        self.total += loss.detach()
+
+    def _record(self, inputs):
+        """The graph of a step, and the tensors that it reads."""
+        own = [_copied(x) for x in inputs]
+        self.trainer.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's thread may pin memory meanwhile.
+        stream = torch.cuda.current_stream()
+        mode = {"capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream, **mode):
+            self._step(*own)
+        return graph, list(_tensors(own))
 
 
-def train_language(model, args, device):
-    """Train the language model with its gates in place; save now and then."""
-    trained = dict(model.model.language_model.named_parameters())
-    trainer = Trainer(trained, args.language_steps, args.lr)
+def _copied(x):
+    """A step's input with tensors of its own."""
+    if isinstance(x, torch.Tensor):
+        return x.clone()
+    if isinstance(x, tuple):
+        parts = [_copied(part) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return x
+
+
+def _tensors(inputs):
+    """The tensors of a step's inputs, those of its plan among them."""
+    for x in inputs:
+        if isinstance(x, tuple):
+            yield from _tensors(x)
+        elif isinstance(x, torch.Tensor):
+            yield x
+
+
+def train_language(model, args, device, log):
+    """Train the language model with its gates in place; measure and save now and then."""
+    model.model.visual.requires_grad_(False)
+    graphs = device.type == "cuda" and args.graphs
+    trainer = Trainer(model.model.language_model.parameters(), args.lr, capturable=graphs)
+    steps = LanguageSteps(model, trainer, device, graphs)
     generator = torch.Generator(device).manual_seed(args.seed + 1)
-    began, questions, total = time.time(), 0, torch.zeros((), device=device)
-    data = batches("language", args.seed, args.clips, args.workers)
-    for step, batch in enumerate(itertools.islice(data, args.language_steps)):
-        logits, labels = clip_logits(model, batch, device, generator)
-        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())
-        trainer.step(step, loss)
-        total += loss.detach()
-        questions += len(batch["kinds"])
+    clock, answers, speed = Clock(args.language_steps, args.language_minutes), 0, Speed(device)
+    data = iter(tiny_batches.batches("language", args.seed, args.tokens, args.workers))
+    for step in itertools.takewhile(lambda step: not clock.is_over(step), itertools.count()):
+        batch = speed.wait_for(data)
+        frames = batch["frames"].to(device, non_blocking=True)
+        trainer.set_rate(step, clock.progress(step))
+        steps.run(batch, features_of(model, frames, generator))
+        answers += batch["answers"]
         if (step + 1) % args.log_every == 0:
-            seconds, mean = time.time() - began, total.item() / args.log_every
-            progress = f"{step + 1} steps, {questions} questions, {seconds:.0f} s"
-            print(f"{progress}: loss {mean:.4f}", flush=True)
-            total.zero_()
+            line = speed.per_step(args.log_every)
+            line |= {"answers": answers, "skipped": int(trainer.skipped)}
+            loss = round(steps.total.item() / args.log_every, 5)
+            log(stage="language", step=step + 1, loss=loss, **line)
+            steps.total.zero_()
         if (step + 1) % args.save_every == 0:
-            measure(model, 4 * args.clips, device)
-            save(model, args.model)
+            log(stage="measured", step=step + 1, **measure(model, args.measured_rows, device))
+            save(model, args.out)
+            speed = Speed(device)
+
+
+class Speed:
+    """What a step takes, since the last time it was asked for.
+
+    ms: of all; of them data_ms waiting for a batch and gpu_ms until the GPU had done what it was
+    given, which is where the host is the quicker one. gib: the peak of the GPU's memory.
+    """
+
+    def __init__(self, device):
+        self.is_cuda, self.waited, self.began = device.type == "cuda", 0.0, time.time()
+
+    def wait_for(self, data):
+        began = time.time()
+        batch = next(data)
+        self.waited += time.time() - began
+        return batch
+
+    def per_step(self, steps):
+        asked = time.time()
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        now = time.time()
+        parts = {"ms": now - self.began, "data_ms": self.waited, "gpu_ms": now - asked}
+        line = {name: round(1000 * x / steps, 2) for name, x in parts.items()}
+        if self.is_cuda:
+            line["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.waited, self.began = 0.0, now
+        return line
+
+
+def whole_answers(batch, logits):
+    """Of each of a batch's answers, whether all of its tokens are the most likely ones."""
+    hits = logits.argmax(-1).cpu() == batch["labels"]
+    return [bool(hits[x.row, x.start : x.end].all()) for x in batch["answers"]]
 
 
 @torch.no_grad()
-def measure(model, clips, device):
-    """Print the share of whole answers right on clips never trained on, by frames and kind.
+def measure(model, rows, device):
+    """Percent of whole answers right in `rows` conversations never trained on, a length.
 
-    Where the most likely token at every place is the answer's own, greedy decoding gives it.
+    By frames ("8", ... and "16+16" for what is asked after the second of two clips) and kind, and
+    by the turn. Where the most likely token at every place is the answer's own, greedy decoding
+    gives it; the earlier answers of the conversation are the right ones.
     """
-    words = Words()
-    for seconds in (4, 8, 16, 32):
+    words, right, asked = Words(), defaultdict(Counter), defaultdict(Counter)
+    for seconds in MEASURED:
         rng = random.Random(f"measure/{seconds}")
         generator = torch.Generator(device).manual_seed(0)
-        batch = clip_batch(words, rng, seconds, clips)
-        logits, labels = clip_logits(model, batch, device, generator)
-        whole = ((logits.argmax(-1) == labels) | (labels < 0)).all(-1).flatten().tolist()
-        asked = Counter(batch["kinds"])
-        right = Counter(kind for kind, ok in zip(batch["kinds"], whole, strict=True) if ok)
-        shares = {kind: round(100 * right[kind] / asked[kind], 1) for kind in KINDS if asked[kind]}
-        print(f"  {2 * seconds} frames: {json.dumps(shares)}", flush=True)
+        name = "+".join(str(2 * second) for second in seconds)
+        for first in range(0, rows, 25):
+            batch = tiny_batches.conversation_batch(words, rng, seconds, min(25, rows - first))
+            logits, _ = logits_of(model, batch, device, generator)
+            for answer, whole in zip(batch["answers"], whole_answers(batch, logits), strict=True):
+                if answer.clip != len(seconds) - 1:
+                    continue
+                for key in (answer.kind, f"turn {answer.turn + 1}", "all"):
+                    asked[name][key] += 1
+                    right[name][key] += whole
+    order = [*TRAINED_KINDS, *(f"turn {turn}" for turn in range(1, 7)), "all"]
+    return {
+        name: {key: round(100 * right[name][key] / count[key], 1) for key in order if count[key]}
+        for name, count in asked.items()
+    }
 
 
 def save(model, folder):
@@ -368,36 +388,59 @@ def save(model, folder):
     partial.replace(folder / "model.safetensors")
 
 
-def main():
+def take_tower(model, folder):
+    """Put the vision tower of a trained checkpoint in the model's place of it."""
+    state = load_file(folder / "model.safetensors")
+    tower = {name.removeprefix(TOWER): x for name, x in state.items() if name.startswith(TOWER)}
+    model.model.visual.load_state_dict({name: x.float() for name, x in tower.items()})
+
+
+def parse(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint to train in place")
-    parser.add_argument(
-        "--tower-steps", type=int, required=True, help="0 leaves the tower as it is"
-    )
-    parser.add_argument("--language-steps", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, stories and noise")
+    parser.add_argument("--tower", type=Path, help="a checkpoint whose tower is taken as it is")
+    parser.add_argument("--attention", choices=("sparse", "dense"), default="sparse")
+    parser.add_argument("--tower-steps", type=int, default=3000)
+    parser.add_argument("--tower-minutes", type=float, help="at most")
+    parser.add_argument("--language-steps", type=int, default=16000)
+    parser.add_argument("--language-minutes", type=float, help="at most")
     parser.add_argument("--pairs", type=int, default=1024, help="of frames, a step of the tower")
-    parser.add_argument(
-        "--clips", type=int, default=64, help="of 32 frames, a step of the language"
-    )
+    parser.add_argument("--tokens", type=int, default=16384, help="a step of the language model")
+    parser.add_argument("--tower-lr", type=float, default=2e-3)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that draw the stories")
     parser.add_argument("--log-every", type=int, default=100, help="steps")
-    parser.add_argument("--save-every", type=int, default=1000, help="steps of the language")
-    args = parser.parse_args()
+    parser.add_argument("--save-every", type=int, default=2000, help="steps")
+    parser.add_argument("--measured-rows", type=int, default=100, help="conversations a length")
+    parser.add_argument(
+        "--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    args = parse(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # cuDNN's attention, torch's first choice on an H100, is suspected of NaN gradients with masks.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not recorded on the default stream
+    make_tiny_checkpoint.write_checkpoint(args.out, args.seed)
     torch.manual_seed(args.seed)
-    model = load(args.model, device)
-    if args.tower_steps:
-        train_tower(model, args, device)
-        save(model, args.model)
-    if args.language_steps:
-        train_language(model, args, device)
-        save(model, args.model)
+    model = load(args.out, device, dense=args.attention == "dense")
+    log = Log(args.out / "log.jsonl")
+    log(settings={name: str(value) for name, value in vars(args).items()})
+    if args.tower:
+        take_tower(model, args.tower)
+    else:
+        train_tower(model, args, device, log)
+    save(model, args.out)
+    train_language(model, args, device, log)
+    log(stage="measured", step="last", **measure(model, 3 * args.measured_rows, device))
+    save(model, args.out)
 
 
 if __name__ == "__main__":
