@@ -5,15 +5,16 @@
 
 7B's size, random weights, bfloat16, every GPU with all of the model. Prompts and columns are those
 of benchmarks/prefill.py: prefill until the first token; a training step with LoRA and gates, layers
-checkpointed, a frozen tower, and gradients averaged over the GPUs. Seconds are medians after a
-warm-up, or one run above 128K (training: without a warm-up above 64K); GiB are one GPU's peak. "-"
-stands where one GPU has not enough memory. Behind a prefill: how far its logits are from those of
-one GPU, relative to the largest; as a measure of that, the same of one GPU in chunks of 8K.
+checkpointed, a frozen tower, and gradients averaged over the GPUs. Before each row, a few layers
+run at its size, which compiles. Seconds are medians, above 128K of one run; GiB are the first
+GPU's peak. Above 128K, training is timed over all GPUs only; "-" stands where one GPU has not
+enough memory. Behind a prefill: how far its logits are from those of one GPU, relative to the
+largest; as a measure of that, the same of one GPU in chunks of 8K.
 """
 
 import argparse
+import contextlib
 import datetime
-import functools
 import gc
 import os
 import time
@@ -21,7 +22,7 @@ import time
 import torch
 import torch.distributed as dist
 import transformers
-from prefill import CLASSES, add_adapters, make_inputs, make_labels, make_model, timed
+from prefill import CLASSES, add_adapters, make_inputs, make_labels, make_model
 
 
 def main():
@@ -40,14 +41,12 @@ def main():
         f"transformers {transformers.__version__}"
     )
     model = make_model(*CLASSES["ours"])
-    for group in (dist.group.WORLD, None):  # compiles
-        prefill(model, same_inputs(model, 32768), group)
     say(f"{'':8s} {'tokens':>8s} {'GPUs':>5s} {'s':>7s} {'GiB':>6s} {'logits apart':>13s}")
     for tokens in args.sizes:
         compare_prefill(model, tokens, args.repeats if tokens <= 131072 else 1)
     trained = add_adapters(model)
     for tokens in args.train_sizes:
-        compare_training(model, trained, tokens, 2 if tokens <= 65536 else 1)
+        compare_training(model, trained, tokens, args.repeats if tokens <= 131072 else 1)
     dist.destroy_process_group()
 
 
@@ -66,9 +65,21 @@ def share(model, group):
     inner.language_model.nsa_group = inner.visual.nsa_group = group
 
 
-def alone_and_shared():
+@contextlib.contextmanager
+def few_layers(model):
+    """One layer of the language model and eight of the tower, which compile as much as all do."""
+    inner, tower = model.model.language_model, model.model.visual
+    layers, blocks = inner.layers, tower.blocks
+    inner.layers, tower.blocks = layers[:1], blocks[:8]
+    try:
+        yield
+    finally:
+        inner.layers, tower.blocks = layers, blocks
+
+
+def alone_and_shared(alone=True):
     """Yields None, while the first process alone has work to do, then the group of all."""
-    if dist.get_rank() == 0:
+    if alone and dist.get_rank() == 0:
         yield None
     dist.barrier()
     yield dist.group.WORLD
@@ -105,8 +116,10 @@ def compare_prefill(model, tokens, repeats):
         try:
             if group is None and tokens <= 131072:
                 chunked = prefill(model, inputs, None, prefill_chunk_size=8192)[1]
+            with few_layers(model):
+                prefill(model, inputs, group)
             torch.cuda.reset_peak_memory_stats()
-            runs = [prefill(model, inputs, group) for _ in range(repeats + 1)][1:]
+            runs = [prefill(model, inputs, group) for _ in range(repeats)]
         except torch.OutOfMemoryError:
             if group is not None:
                 raise
@@ -129,13 +142,18 @@ def apart(logits, wanted):
 
 
 def compare_training(model, trained, tokens, repeats):
-    for group in alone_and_shared():
+    for group in alone_and_shared(alone=tokens <= 131072):
         share(model, group)
         call = same_inputs(model, tokens)
         call |= make_labels(call)
         try:
-            times = timed(functools.partial(step, trained, call, group), repeats)
-            report("training", tokens, group, *times)
+            with few_layers(model):
+                step(trained, call, group)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            seconds = sorted(timed_step(trained, call, group) for _ in range(repeats))
+            gib = torch.cuda.max_memory_allocated() / 2**30
+            report("training", tokens, group, seconds[repeats // 2], gib)
         except torch.OutOfMemoryError:
             if group is not None:
                 raise
@@ -143,6 +161,16 @@ def compare_training(model, trained, tokens, repeats):
         trained.zero_grad(set_to_none=True)
         del call
         empty()
+
+
+def timed_step(model, call, group):
+    """Seconds of a step."""
+    if group is not None:
+        dist.barrier()
+    start = time.perf_counter()
+    step(model, call, group)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def step(model, call, group):
