@@ -67,7 +67,9 @@ def choose_trained(model, model_args, args):
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part_of(name) in parts)
-    if not args.deepspeed:  # which keeps its own copies in float32
+    if args.deepspeed:
+        fetch_layers_whole(base.model)
+    else:  # DeepSpeed keeps its own copies in float32
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -119,6 +121,19 @@ def add_adapters(model, model_args, parts):
     return peft.get_peft_model(model, config)
 
 
+def fetch_layers_whole(inner):
+    """Lets DeepSpeed ZeRO-3 fetch the weights of a layer together, as FSDP does.
+
+    By itself it fetches those of each linear module where that is called. A layer uses some weights
+    without their modules, and its gates for vision tokens alone: a process whose batch has none
+    would fetch others than the rest, and hang.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    layers = (*inner.language_model.layers, *inner.visual.blocks)
+    set_z3_leaf_modules(inner, list({type(layer) for layer in layers}))
+
+
 def run_frozen_tower_without_graph(visual):
     """Frozen parts of the vision tower keep no activations and are not checkpointed.
 
@@ -148,9 +163,11 @@ def _trained(model):
 def keep_vision_calls_equal(model, calls):
     """Makes every step run the vision tower `calls` times, once per kind of medium.
 
-    Processes that share sharded parameters must use them in step: one whose batch has no video
-    while another's has would hang. What is missing is made up by the smallest picture, whose
-    features are multiplied by zero. One process does the same, so that it trains the same.
+    Processes that share sharded parameters must use them in the same order, backward, too, for
+    which FSDP2 fetches ahead in the order of the forward: one whose batch has no video while
+    another's has would hang. What is missing is made up where the media of a batch have just been
+    encoded, by the smallest picture, whose features are multiplied by zero. One process does the
+    same, so that it trains the same.
     """
     inner, vision = model.model, model.config.vision_config
     side = vision.spatial_merge_size
@@ -164,13 +181,14 @@ def keep_vision_calls_equal(model, calls):
         is_batch = kwargs.get("use_cache") is False
         missing = calls - sum(pixels is not None for pixels in given) if is_batch else 0
 
-    def make_up(module, args, embeddings):
+    def make_up(module, args, kwargs):
         for _ in range(missing):
-            pixels = torch.zeros(side * side, patch, device=embeddings.device)
-            grid = torch.tensor([[1, side, side]], device=embeddings.device)
+            embeds = kwargs["inputs_embeds"]
+            pixels = torch.zeros(side * side, patch, device=embeds.device)
+            grid = torch.tensor([[1, side, side]], device=embeds.device)
             features = inner.visual(pixels, grid_thw=grid).pooler_output
-            embeddings = embeddings + 0 * features.sum().to(embeddings.dtype)
-        return embeddings
+            kwargs["inputs_embeds"] = embeds + 0 * features.sum().to(embeds.dtype)
+        return args, kwargs
 
     inner.register_forward_pre_hook(count, with_kwargs=True)
-    inner.get_input_embeddings().register_forward_hook(make_up)
+    inner.language_model.register_forward_pre_hook(make_up, with_kwargs=True)

@@ -2,12 +2,15 @@
 
     torchrun --nproc_per_node 2 tests/finetune_on_cpus.py '[["--data", ...], ["--data", ...]]'
 
-Runs with --fsdp are sharded, where accelerate would fall back to replicas on CPUs.
+Runs with --fsdp are sharded, where accelerate would fall back to replicas on CPUs. All processes
+have to call the same collectives in the same order: where they do not, GPUs hang, gloo may not.
 """
 
+import functools
 import json
 import sys
 
+import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 
@@ -27,8 +30,30 @@ class Arguments(finetuning_arguments.FinetuneArguments):
 
 
 finetuning_arguments.FinetuneArguments = Arguments
+calls = []
+
+
+def record(name, collective):
+    @functools.wraps(collective)
+    def recorded(output, *args, **kwargs):
+        calls.append((name, tuple(output.shape)))
+        return collective(output, *args, **kwargs)
+
+    return recorded
+
+
+for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+    setattr(dist, name, record(name, getattr(dist, name)))
+for name in ("all_gather_single", "reduce_scatter_single"):  # their names in torch 2.14
+    if hasattr(dist, name):
+        setattr(dist, name, record(name, getattr(dist, name)))
+
 for argv in json.loads(sys.argv[1]):
     AcceleratorState._reset_state()
+    calls.clear()
     trainer = finetune.main(argv)
     sharded = trainer.accelerator.distributed_type == DistributedType.FSDP
     assert sharded == ("--fsdp" in argv) and trainer.args.world_size == 2
+    gathered = [None, None]
+    dist.all_gather_object(gathered, calls)
+    assert gathered[0] == gathered[1] and bool(calls) == sharded, argv

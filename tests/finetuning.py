@@ -43,7 +43,7 @@ def write_rows(path, rows):
 
 
 def mixed_rows(folder):
-    """Six rows, half of them text alone: with batches of one, processes differ in what they see."""
+    """Six rows, half of them text alone: with batches of one, two processes see different kinds."""
     rows = [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()[:6]]
     rows[1] = rows[2] = rows[4] = TEXT_ROW
     return write_rows(folder / "mixed.jsonl", rows)

@@ -11,7 +11,12 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForImageTextToText, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    TrainingArguments,
+)
 
 import finetune
 import tiny
@@ -306,8 +311,10 @@ def sharded(**settings):
     return {"fsdp": True, "fsdp_config": json.dumps(config)}
 
 
-ALL_PARTS = {"train": "vision,merger,llm,gates", "max_steps": 3, "learning_rate": 1e-4}
-ADAPTERS = {"lora_r": 2, "merge_lora": True, "max_steps": 3, "gradient_checkpointing": True}
+# In order, so that of each step's two rows one has a video and one is text alone.
+MIXED = {"train_sampling_strategy": "sequential", "max_steps": 3}
+ALL_PARTS = MIXED | {"train": "vision,merger,llm,gates", "learning_rate": 1e-4}
+ADAPTERS = MIXED | {"lora_r": 2, "merge_lora": True, "gradient_checkpointing": True}
 # Both processes have a part of each conversation, and accumulate as one does.
 SHARED = {"sequence_parallel_size": 2, "gradient_accumulation_steps": 2}
 CASES = {
@@ -340,6 +347,15 @@ def train_by_two_processes(folder, root):
         resume = {"resume_from_checkpoint": root / name / "checkpoint-2"}
         out, parallel = root / f"{name} resumed", CASES[name][1]
         argvs.append(flags(mixed, out, **save, **ADAPTERS, **parallel, **resume))
+    # As the 7B has them: embeddings that are not also the head are sharded by themselves.
+    model = AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(root / "untied")
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    processor.save_pretrained(root / "untied")
+    untied = ADAPTERS | {"merge_lora": False, "model_name_or_path": root / "untied"} | sharded()
+    argvs.append(flags(mixed, root / "untied adapters", **save, **untied))
     done = start(ROOT / "tests" / "finetune_on_cpus.py", [json.dumps(argvs)], processes=2)
     assert done.returncode == 0, done.stderr[-5000:]
 
