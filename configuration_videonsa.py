@@ -7,7 +7,7 @@
 import math
 
 from huggingface_hub.dataclasses import strict
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, configuration_utils
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.utils import logging
 
@@ -222,6 +222,12 @@ def _check_choice(name, value, choices):
         raise ValueError(f"{name} holds {value!r}; choose from {', '.join(map(repr, choices))}.")
 
 
+def _described(config_class):
+    """A sub-config's class as the library wants it; 5.20 makes no SubConfigSpec of one itself."""
+    spec = getattr(configuration_utils, "SubConfigSpec", None)
+    return config_class if spec is None else spec(config_class=config_class)
+
+
 @strict
 class VideoNSAConfig(Qwen2_5_VLConfig):
     """Qwen2.5-VL's configuration with a `VideoNSATextConfig`, which holds every `nsa_*` field.
@@ -232,9 +238,9 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
     """
 
     model_type = "videonsa"
-    # Older transformers read `sub_configs`, newer ones (5.23 on) `sub_configs_defaults`.
+    # Older transformers read `sub_configs`, newer ones `sub_configs_defaults`.
     sub_configs = {"vision_config": Qwen2_5_VLVisionConfig, "text_config": VideoNSATextConfig}
-    sub_configs_defaults = dict(sub_configs)
+    sub_configs_defaults = {name: _described(kind) for name, kind in sub_configs.items()}
 
     quantize_vision_tower: bool = False
 

@@ -3,6 +3,7 @@
     python benchmarks/fsdp.py --out out/fsdp
     python benchmarks/fsdp.py --out out/fsdp --tokens 36000 --layers 8 --processes 4
     python benchmarks/fsdp.py --out out/fsdp --no-resume --sequence_parallel_size 2
+    python benchmarks/fsdp.py --out out/qlora --recipe qlora --processes 1 --layers 2
 
 Makes a checkpoint with random weights and conversations about noise (pictures as frames, so that no
 video file has to be decoded), half of a process's batches longer than the other's and one without
@@ -118,9 +119,11 @@ def make_data(out, tokens):
 
 def finetune(args, name, flags):
     """Runs finetune.py; returns its log, a dict a step."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", args.processes, ROOT / "finetune.py"]
-    command += [ROOT / "examples" / "recipes" / f"{args.recipe}.yaml"]
+    command = [sys.executable]
+    if args.processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", args.processes]
+    command += [ROOT / "finetune.py", ROOT / "examples" / "recipes" / f"{args.recipe}.yaml"]
     command += ["--output_dir", args.out / name, *flags]
     subprocess.run([str(part) for part in command], check=True)
     history = json.loads((args.out / name / "trainer_state.json").read_text())["log_history"]

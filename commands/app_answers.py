@@ -12,11 +12,10 @@ import threading
 from dataclasses import dataclass
 
 import gradio as gr
-import psutil
 
 from commands.attention_view import View, WatchedConversation
 from commands.conversation import Conversation, media_part
-from commands.forecast import forecast
+from commands.host_memory import with_host_memory
 from commands.model_loading import PreparedModel
 
 TEXT_TOKENS = 1024  # of a prompt, that are not left to the video
@@ -144,16 +143,7 @@ def files_of(turns):
 def most_tokens(prepared: PreparedModel) -> int:
     """Vision tokens that a prompt may have: what the model was made for, and what memory holds."""
     most = prepared.config.text_config.max_position_embeddings - TEXT_TOKENS - NEW_TOKENS
-    expected = prepared.forecast_memory(most + TEXT_TOKENS, most, NEW_TOKENS)
-    if prepared.device == "cpu":
-        expected = forecast(
-            prepared.config,
-            most + TEXT_TOKENS,
-            vision_tokens=most,
-            new_tokens=NEW_TOKENS,
-            dtype=prepared.dtype,
-            available=psutil.virtual_memory().available,
-        )
+    expected = with_host_memory(prepared).forecast_memory(most + TEXT_TOKENS, most, NEW_TOKENS)
     fitting = expected.fitting_vision_tokens
     if fitting == 0:
         raise ValueError(f"no video fits: {expected.describe()}; {expected.remedies()}")

@@ -6,7 +6,6 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import av
 import pytest
 import torch
 from PIL import Image
@@ -40,6 +39,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def opened(monkeypatch):
     """The names of the video files that are opened from here on, as often as each is."""
+    import av  # here, so that tests without files of videos run where it is not installed
+
     names, open_file = [], av.open
 
     def counting(file, *args, **kwargs):

@@ -34,6 +34,7 @@ from commands import app_answers, app_examples, app_page, app_strip  # noqa: E40
 from commands.app_answers import Answerer, as_message, most_tokens  # noqa: E402
 from commands.app_page import Page, Session  # noqa: E402
 from commands.conversation import TooLarge  # noqa: E402
+from commands.forecast import forecast  # noqa: E402
 from commands.model_loading import prepare_model  # noqa: E402
 
 SHAPES = str(ROOT / "examples/clips/shapes.mp4")
@@ -191,7 +192,7 @@ def test_under_other_semantics_it_answers_without_a_record(processor, page):
 
 def with_memory(prepared, available):
     def forecast_memory(prompt, vision, new):
-        return app_answers.forecast(
+        return forecast(
             prepared.config,
             prompt,
             vision_tokens=vision,

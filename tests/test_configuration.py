@@ -1,11 +1,12 @@
 """The configuration: Qwen2.5-VL's own layouts are read, and nonsense is refused by name."""
 
 import math
+from collections import namedtuple
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
-from videonsa.configuration_videonsa import VideoNSAConfig, VideoNSATextConfig
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, configuration_utils
+from videonsa.configuration_videonsa import VideoNSAConfig, VideoNSATextConfig, _described
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 from tiny import config_fields
@@ -148,3 +149,12 @@ def test_fields_given_to_the_whole_model_reach_the_text_config(tmp_path):
 def test_a_wrong_type_is_refused_by_name(fields):
     with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(fields))):
         VideoNSATextConfig(**fields)
+
+
+def test_a_sub_config_is_described_where_the_library_wants_it(monkeypatch):
+    """transformers 5.20 asks for descriptions, but makes none of a class; 5.17 has none."""
+    spec = namedtuple("SubConfigSpec", "config_class")
+    monkeypatch.setattr(configuration_utils, "SubConfigSpec", spec, raising=False)
+    assert _described(VideoNSATextConfig) == spec(VideoNSATextConfig)
+    monkeypatch.delattr(configuration_utils, "SubConfigSpec")
+    assert _described(VideoNSATextConfig) is VideoNSATextConfig
