@@ -96,14 +96,15 @@ class Losses:
         self.sent = {}  # times by time stamp, of packets whose frames have not come out
         self.dropped = []  # times of frames that were not to be shown
         self.sound = None  # while there is damage, the time stamps of what was sent before it
-        self.has_keys = False  # whether a key frame was sent; otherwise there may never be one
+        self.keys = set()  # time stamps of packets that are said to be key frames
 
     def send(self, packet, time, damaged, skipping):
         if packet.pts is not None and time is not None:
             self.sent[packet.pts] = time
             if skipping:
                 self.skipped.append(time)
-        self.has_keys |= packet.is_keyframe
+        if packet.is_keyframe:
+            self.keys.add(packet.pts)
         if damaged:
             self.start(packet)
 
@@ -129,7 +130,9 @@ class Losses:
             self.start()
         if self.sound is None or (frame.pts in self.sound and not frame.is_corrupt):
             return True
-        if frame.is_corrupt or (self.has_keys and not frame.key_frame):
+        # AV1 shows a picture again as a key frame, perhaps in the place of one that was lost.
+        is_key = frame.key_frame and frame.pts in self.keys
+        if frame.is_corrupt or (self.keys and not is_key):
             if time is not None:
                 self.dropped.append(time)
             return False

@@ -101,6 +101,10 @@ class VideoFile:
     # Decoders that skip only frames that no other one refers to. FFmpeg's for HEVC also skips those
     # that frames of a higher temporal layer refer to.
     SKIPPING = ("h264",)
+    # So many zeros in a packet are a part of the file that was never written; these decoders make a
+    # picture of it without a word. H.264 and HEVC forbid four, and are padded to eight bytes; a 4K
+    # checkerboard in VP8 had 28.
+    HOLES = {"h264": 8, "hevc": 8, "vp8": 128, "vp9": 128, "av1": 128, "mpeg4": 128}
 
     # What the GPU's decoder gives bit for bit. Ten bits lose some on their way to RGB.
     GPU_FORMATS = ("yuv420p", "yuvj420p")
@@ -127,7 +131,9 @@ class VideoFile:
         # Recordings in these formats can be joined byte by byte, and state no duration.
         self.may_jump = bool(kind.flags & av.format.Flags.ts_discont.value)
         self.start, self.stamped = 0, None  # not known yet
-        self.skips, self.unskipped = self.stream.codec_context.name in self.SKIPPING, -math.inf
+        codec = self.stream.codec_context.codec.canonical_name
+        self.skips, self.unskipped = codec in self.SKIPPING, -math.inf
+        self.hole = bytes(self.HOLES[codec]) if codec in self.HOLES else None
         in_order = kind.name in self.IN_ORDER
         first, lost, stamps = None, None, []
         for time, frame, lost_from, _ in islice(self._decode(), self.FIRST_LOOK if in_order else 1):
@@ -397,17 +403,19 @@ class VideoFile:
         context, skips, latest = self.stream.codec_context, None, -math.inf
         try:
             for packet in self._packets(self.stream):
+                hole = self.hole is not None and self.hole in bytes(packet)
                 if packet.size and not packet.is_discard:
                     time = clock.seconds(packet)
                     skip = not losses.seen and self._may_skip(time, latest)
                     if skip is not skips:
                         context.skip_frame, skips = "NONREF" if skip else "DEFAULT", skip
                     latest = latest if time is None else max(latest, time)
-                    losses.send(packet, time, packet.is_corrupt and time not in self.at_joins, skip)
+                    corrupt = packet.is_corrupt and time not in self.at_joins
+                    losses.send(packet, time, hole or corrupt, skip)
                     if clock.joins and self.stamped and not self.joined:
                         self._measure_again(joined=True)
                 try:
-                    frames = packet.decode()
+                    frames = [] if hole else packet.decode()
                 except av.InvalidDataError:
                     losses.start(packet)
                     frames = []

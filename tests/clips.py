@@ -28,6 +28,12 @@ def frame_image(number, height, width):
     return image
 
 
+def grainy_image(number, height, width):
+    """`frame_image` under grain that changes every fourth frame."""
+    grain = np.random.default_rng(number // 4).normal(0, 6, (height, width, 3))
+    return np.clip(frame_image(number, height, width) + grain, 0, 255).astype(np.uint8)
+
+
 def number_in(frame):
     """The number painted into an upright frame [height, width, 3] with values up to 255."""
     frame = np.asarray(frame)

@@ -4,6 +4,7 @@ import base64
 import http.server
 import io
 import os
+import random
 import resource
 import sys
 import threading
@@ -522,6 +523,40 @@ def test_a_hole_is_seen_or_does_not_matter(folder, options, hole):
             assert "hole.mp4 is damaged around" in str(error) or "only up to" in str(error)
     assert len(shown) >= 4  # what comes before the hole is right
     assert all(second - time <= 0.201 for time, second in zip(shown, asked, strict=False))
+
+
+CODECS = {
+    "libx264": {"g": "12"},
+    "libx265": {"x265-params": "keyint=12:log-level=none"},
+    "libvpx-vp9": {"g": "12", "deadline": "realtime", "cpu-used": "8", "crf": "10", "b": "0"},
+    "libsvtav1": {"g": "12", "preset": "8", "crf": "20"},
+}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_pictures_are_not_made_of_what_was_never_written(folder, codec):
+    """Of a stretch of zeros inside a packet decoders make a picture without a word."""
+    whole = clips.write_clip(
+        folder / f"{codec}.mp4",
+        100,
+        codec=codec,
+        paint=clips.grainy_image,
+        options=CODECS[codec],
+        context={"thread_count": 1},
+    ).read_bytes()
+    path, numbers = folder / f"hole {codec}.mp4", random.Random(0)
+    first, last = whole.index(b"mdat") + len(whole) // 5, whole.rindex(b"moov") - 1000
+    refused = 0
+    for _ in range(12):
+        start = numbers.randrange(first, last)
+        path.write_bytes(whole[:start] + bytes(600) + whole[start + 600 :])
+        with VideoFile(str(path)) as file:
+            try:
+                for time, frame in file.frames_at([i / 10 for i in range(100)]):
+                    assert clips.number_in(file.image(frame)) == round(10 * time)
+            except ValueError as error:
+                refused += "is damaged around" in str(error) or "only up to" in str(error)
+    assert refused == 12
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["limited range", "full range"])
