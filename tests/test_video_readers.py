@@ -243,7 +243,8 @@ def test_readers_wait_for_what_is_taken(keyed, monkeypatch):
 
 @pytest.mark.parametrize("taken", [1, 2, 30])
 @pytest.mark.parametrize("way", ["close", "garbage", "error"])
-def test_an_end_before_the_last_frame(keyed, way, taken):
+def test_an_end_before_the_last_frame(keyed, monkeypatch, way, taken):
+    monkeypatch.setattr(video_readers_videonsa, "AHEAD_BYTES", 5 * 96 * 160 * 3)  # they wait
     with VideoFile(str(keyed)) as file:
         frames = read_frames(file, seconds_of(60), fetch, 3)
         for _ in range(taken):
