@@ -14,6 +14,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttenti
 
 from .configuration_videonsa import VideoNSATextConfig
 from .decoding_videonsa import DecodeStep
+from .float8_videonsa import linears
 from .fused_videonsa import rotary
 from .library_videonsa import cache_of, order_offloaded_layers
 from .nsa_released import attend_released
@@ -88,7 +89,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             output = self._attend(*(x.to(dtype) for x in (query, key, value, gates)), plan)
-        return self.o_proj(output.flatten(2))
+        return linears(output.flatten(2), self.o_proj)[0]
 
     def _forward_step(self, hidden_states, position_embeddings, step):
         """[B, 1, hidden] to [B, 1, hidden]: one token a row, after the keys of the step's cache."""
@@ -99,14 +100,13 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         output = attention_functions(self.config.nsa_backend, query.device).decode_attention(
             query[:, :, 0], keys, values, step.length, step.valid, self.scaling
         )
-        return self.o_proj(output.flatten(1)[:, None])
+        return linears(output.flatten(1)[:, None], self.o_proj)[0]
 
     def _project(self, hidden_states, position_embeddings):
         """[B, S, hidden] to query [B, H, S, D], key and value [B, K, S, D]."""
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        states = linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (x.view(heads).transpose(1, 2) for x in states)
         return *rotary(query, key, *position_embeddings), value
 
     def _attend(self, query, key, value, gates, plan):

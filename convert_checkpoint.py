@@ -46,7 +46,13 @@ from commands.checkpoint_files import (
     upload,
 )
 from commands.model_card import HUB_ID, write_card
-from commands.quantized_loading import HELP, LOAD_IN, check_savable, loading_options
+from commands.quantized_loading import (
+    HELP,
+    LOAD_IN,
+    check_device,
+    check_savable,
+    loading_options,
+)
 from nsa_rules import gate_logit
 
 COPIED_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "generation_config.json", "LICENSE")
@@ -163,7 +169,9 @@ def convert_quantised(source, out, load_in, push_to_hub, settings):
 
     Returns the report of the conversion. What lies between is in OUT.whole, and removed at the end.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     check_savable(load_in)
+    check_device(load_in, device)
     loading, out = loading_options(load_in), Path(os.path.abspath(out))
     record = {"load_in": load_in, "source": str(source), **settings}
     if (out / QUANTISED).is_file() and read_json(out / QUANTISED) == record:
@@ -176,7 +184,6 @@ def convert_quantised(source, out, load_in, push_to_hub, settings):
     else:
         whole, partial = (out.with_name(f"{out.name}.{end}") for end in ("whole", "partial"))
         report = convert(source, whole, **settings)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForImageTextToText.from_pretrained(
             whole, trust_remote_code=True, dtype="auto", device_map=device, **loading
         )

@@ -22,6 +22,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     rotate_half,
 )
 
+from .float8_videonsa import down_of_swiglu, linears, takes_float8
+
 try:
     import triton
     import triton.language as tl
@@ -144,7 +146,10 @@ class VideoNSAMLP(Qwen2MLP):
     def _forward(self, x):
         if self.config.hidden_act != "silu":
             return super().forward(x)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = linears(x, self.gate_proj, self.up_proj)
+        if takes_float8(self.down_proj, gate):
+            return down_of_swiglu(gate, up, self.down_proj)
+        return self.down_proj(swiglu(gate, up))
 
 
 def _runs_fused(*tensors):

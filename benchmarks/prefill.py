@@ -2,16 +2,17 @@
 
     python benchmarks/prefill.py
     python benchmarks/prefill.py --models ours --sizes 1048576
+    python benchmarks/prefill.py --models ours float8 --sizes 131072
     python benchmarks/prefill.py --train --sizes 36864 65536 131072
 
 A prompt is a video of 128 tokens for each two frames and a question. Prefill is the time that
 `generate` takes to its first token, from pixels on the GPU; above 256K tokens, pixels are made as
 they are read, which a `PixelStream` does with a file. Then decoding in milliseconds a token, the
 whole answer, and the vision tower alone; with --static also with a static cache, for which the
-library compiles decoding. With --train: forward and backward of the language model with LoRA and
-gates, layers checkpointed, loss on 28 tokens, and the whole step with a frozen tower. Seconds are
-medians after a warm-up, or of one run (stock above 8K tokens, ours above 128K, training above
-64K); GiB are the peak.
+library compiles decoding. "float8" is ours as --load_in float8-dynamic loads it. With --train:
+forward and backward of the language model with LoRA and gates, layers checkpointed, loss on 28
+tokens, and the whole step with a frozen tower. Seconds are medians after a warm-up, or of one run
+(stock above 8K tokens, ours above 128K, training above 64K); GiB are the peak.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from videonsa.configuration_videonsa import VideoNSAConfig  # noqa: E402
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration  # noqa: E402
 
 from commands.forecast import forecast  # noqa: E402
+from commands.quantized_loading import quantization_config  # noqa: E402
 
 GRID = 16, 32  # patches of a frame: 128 tokens for two frames
 STEP = GRID[0] * GRID[1]
@@ -43,22 +45,26 @@ CLASSES = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
-    parser.add_argument("--models", nargs="+", default=[*CLASSES], choices=[*CLASSES])
+    parser.add_argument("--models", nargs="+", default=[*CLASSES], choices=[*CLASSES, "float8"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--new_tokens", type=int, default=33, help="of an answer, at least 2")
     parser.add_argument("--semantics", default="paper", choices=["paper", "released"], help="ours")
     parser.add_argument("--static", action="store_true")
     parser.add_argument("--train", action="store_true")
     args = parser.parse_args()
+    if args.train and "float8" in args.models:
+        parser.error("float8 does not train: leave it out of --models")
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}",
         flush=True,
     )
     for name in args.models:
-        model = make_model(*CLASSES[name])
-        if name == "ours":
+        model = make_model(*CLASSES["ours" if name == "float8" else name])
+        if name != "stock":
             model.config.text_config.nsa_semantics = args.semantics
+        if name == "float8":
+            quantise(model)
         train(name, model, args) if args.train else infer(name, model, args)
         del model
         gc.collect()
@@ -87,6 +93,18 @@ def make_model(config_class, model_class):
         model = model_class._from_config(config, dtype=torch.bfloat16).eval()
     model.generation_config.pad_token_id = 0
     return model
+
+
+def quantise(model):
+    """Make its linear layers, gates and head left out, torchao's float8 by the row."""
+    from torchao.quantization import quantize_
+
+    model.is_quantized = True
+    quantize_(
+        model.model.language_model,
+        quantization_config("float8-dynamic").quant_type,
+        lambda layer, name: type(layer) is torch.nn.Linear and ".g_proj_" not in name,
+    )
 
 
 class MadePixels:
@@ -130,7 +148,7 @@ def infer(name, model, args):
     answer(model, make_inputs(model, 4096), 2)  # compiles
     for tokens in args.sizes:
         inputs = make_inputs(model, tokens)
-        repeats = args.repeats if tokens <= (131072 if name == "ours" else 8192) else 1
+        repeats = args.repeats if tokens <= (8192 if name == "stock" else 131072) else 1
         for option in [{}, {"cache_implementation": "static"}] if args.static else [{}]:
             try:
                 line = infer_one(name, model, inputs, repeats, args.new_tokens, option)
@@ -152,7 +170,7 @@ def infer_one(name, model, inputs, repeats, new_tokens, option):
     if option:
         return f"{line}, {first:.1f} s the first time"
     foreseen = float("nan")
-    if name == "ours":
+    if name != "stock":
         length = inputs["input_ids"].shape[1]
         foreseen = forecast(
             model.config,
@@ -160,6 +178,7 @@ def infer_one(name, model, inputs, repeats, new_tokens, option):
             vision_tokens=length - QUESTION,
             new_tokens=new_tokens,
             dtype=model.dtype,
+            quantization=quantization_config("float8-dynamic") if name == "float8" else None,
         ).peak
     line += f" {foreseen:9.1f}"
     if torch.is_tensor(inputs["pixel_values_videos"]):

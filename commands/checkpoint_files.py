@@ -44,6 +44,7 @@ CODE_FILES = (
     "decoding_videonsa.py",
     "cache_videonsa.py",
     "library_videonsa.py",
+    "float8_videonsa.py",
     "fused_videonsa.py",
     "vision_videonsa.py",
     "nsa_reference.py",

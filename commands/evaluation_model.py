@@ -27,7 +27,7 @@ from commands.evaluation_manifest import (
 from commands.evaluation_presets import ALIASES, LIMITS
 from commands.finetuning_rows import set_videos
 from commands.model_card import check_source, find_file
-from commands.quantized_loading import loading_options
+from commands.quantized_loading import check_device, loading_options
 from commands.questions import collate
 from nsa_released import vision_by_position
 from nsa_rules import BRANCHES
@@ -88,6 +88,7 @@ class EvaluatedModel:
         default = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         settings = {"dtype": getattr(torch, dtype) if dtype else default}
         settings["device_map"] = device_map or self.device
+        check_device(load_in, self.device.type)
         settings |= loading_options(load_in)
         if attn_implementation:
             settings["attn_implementation"] = attn_implementation

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import find_adapter_config_file
 
 from commands.forecast import Forecast, forecast
-from commands.quantized_loading import check_widths, loading_options
+from commands.quantized_loading import check_device, check_widths, loading_options
 
 
 class PreparedModel(NamedTuple):
@@ -79,6 +79,7 @@ def prepare_model(
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     if load_in is not None and getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised already: leave --load_in {load_in} away")
+    check_device(load_in, device)
     quantised = loading_options(load_in)
     check_widths(load_in, config.text_config, device)
 

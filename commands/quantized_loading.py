@@ -1,7 +1,8 @@
 """Weights of 8 or 4 bits: what --load_in takes, and the quantization_config that each name means.
 
-The libraries are optional: bitsandbytes for 4bit and 8bit, torchao for int8, int4 and float8,
-optimum-quanto for the names that begin with quanto. The linear layers of the language model are
+The libraries are optional: bitsandbytes for 4bit and 8bit, torchao for int8, int4, float8 and
+float8-dynamic, optimum-quanto for the names that begin with quanto. float8-dynamic alone multiplies
+in 8 bits too, by float8_videonsa.py. The linear layers of the language model are
 quantised as they are loaded. Gates, head, norms, embeddings and the vision tower stay as they are,
 which the model itself sees to (`kept_from_quantizers` in library_videonsa.py).
 """
@@ -18,11 +19,13 @@ PACKAGES = {  # of each name, the package and what it is imported as
     "int8": ("torchao", "torchao"),
     "int4": ("torchao", "torchao"),
     "float8": ("torchao", "torchao"),
+    "float8-dynamic": ("torchao", "torchao"),
     "quanto-int8": ("optimum-quanto", "optimum.quanto"),
     "quanto-int4": ("optimum-quanto", "optimum.quanto"),
     "quanto-float8": ("optimum-quanto", "optimum.quanto"),
 }
 LOAD_IN = tuple(PACKAGES)
+FLOAT8_PRODUCTS = 8, 9  # the least compute capability that has them
 TRAINABLE = ("4bit", "8bit")  # under adapters
 HELP = "quantise the language model's weights to 8 or 4 bits while they load"
 
@@ -50,6 +53,17 @@ def quantization_config(name: str):
     if name.startswith("quanto-"):
         return QuantoConfig(weights=name.removeprefix("quanto-"))
     return TorchAoConfig(_torchao_type(name))
+
+
+def check_device(name: str | None, device: str) -> None:
+    """Raise ValueError for a device (by its name) that has no products of such weights."""
+    if name in ("int4", "float8-dynamic") and device == "cpu":
+        raise ValueError(f"--load_in {name} needs a GPU: on a CPU use int8 or 8bit")
+    if name == "float8-dynamic" and torch.cuda.get_device_capability() < FLOAT8_PRODUCTS:
+        raise ValueError(
+            f"--load_in {name} needs a GPU of compute capability 8.9 or more, as an H100 or an RTX "
+            "4090 is: on this one use float8, whose products are in 16 bits"
+        )
 
 
 def check_widths(name: str | None, text_config, device: str) -> None:
@@ -130,11 +144,15 @@ def _method(fields):
 
 def _torchao_type(name):
     from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
         Float8WeightOnlyConfig,
         Int4WeightOnlyConfig,
         Int8WeightOnlyConfig,
+        PerRow,
     )
 
+    if name == "float8-dynamic":
+        return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     if name == "int4":  # packed for the product that torch itself has, on CUDA
         return Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
     return {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[name]()

@@ -1,9 +1,10 @@
 """Weights of 8 and 4 bits: what is quantised, what never is, and that it is the same after a save.
 
-Each library's tests are skipped where it is not installed; torchao's int4 needs a GPU.
+Each library's tests are skipped where it is not installed; two kinds of torchao's need a GPU.
 """
 
 import json
+import random
 import shutil
 
 import pytest
@@ -12,9 +13,11 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from videonsa import call_checks_videonsa
 from videonsa.configuration_videonsa import VideoNSAConfig
+from videonsa.float8_videonsa import takes_float8
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 import ask
+import make_clips
 from commands.checkpoint_files import listed_files
 from commands.evaluation_manifest import weights_digest
 from commands.model_loading import prepare_model
@@ -24,7 +27,7 @@ from finetuning import ROW, losses, run, write_rows
 from paths import ROOT
 from tiny import Prompts, config_fields, stock_twin
 
-ON_A_CPU = [name for name in LOAD_IN if name != "int4"]
+ON_A_CPU = [name for name in LOAD_IN if name not in ("int4", "float8-dynamic")]
 KEPT = {"g_proj_1", "g_proj_2", "lm_head"}
 TOWER = {"qkv", "proj", "gate_proj", "up_proj", "down_proj", "0", "2"}
 LANGUAGE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -36,8 +39,8 @@ def need(name):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A checkpoint whose widths every library takes."""
-    fields = config_fields(heads=4, kv_heads=2, head_dim=64)
+    """A checkpoint whose widths every library takes, and whose blocks the kernels."""
+    fields = config_fields(heads=4, kv_heads=2, head_dim=64, nsa_block_size=8)
     fields["text_config"]["intermediate_size"] = 512
     fields["vision_config"] |= {"hidden_size": 64, "intermediate_size": 128}
     torch.manual_seed(0)
@@ -150,6 +153,15 @@ def test_unknown_names_and_libraries_that_are_not_there_are_said(monkeypatch):
     monkeypatch.setitem(PACKAGES, "quanto-int8", ("optimum-quanto", "nowhere.quanto"))
     with pytest.raises(ImportError, match="needs optimum-quanto: pip install optimum-quanto"):
         quantization_config("quanto-int8")
+
+
+def test_what_a_cpu_cannot_multiply_is_refused(tmp_path):
+    for name in ("int4", "float8-dynamic"):
+        with pytest.raises(ValueError, match=f"--load_in {name} needs a GPU: on a CPU use int8"):
+            prepare_model(str(ROOT), "cpu", load_in=name)
+        if not torch.cuda.is_available():
+            with pytest.raises(ValueError, match=f"--load_in {name} needs a GPU"):
+                convert(tmp_path, tmp_path / "out", load_in=name)
 
 
 @pytest.mark.parametrize("name", ["8bit", "int8"])
@@ -295,3 +307,61 @@ def test_on_a_gpu_quantised_weights_answer_and_load_again(name, wide, tmp_path):
         if not name.startswith("quanto"):
             model.save_pretrained(tmp_path)
             assert torch.equal(load(tmp_path, device_map="cuda")(**inputs).logits, seen)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_float8_layers_multiply_in_float8(wide):
+    """All of the language model's, by float8_videonsa.py."""
+    need("float8-dynamic")
+    model = load(wide, "float8-dynamic", device_map="cuda")
+    x = torch.zeros(1, dtype=torch.bfloat16, device="cuda")
+    layers = {
+        name.rpartition(".")[2]
+        for name, layer in model.model.language_model.named_modules()
+        if takes_float8(layer, x)
+    }
+    assert layers == LANGUAGE
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_tiny_checkpoint_answers_in_float8():
+    """As in 16 bit, up to one answer of twenty."""
+    need("float8-dynamic")
+    whole, rounded = (answers_about_stories(name, 8) for name in (None, "float8-dynamic"))
+    assert len(whole) > 60
+    same = sum(one == other for one, other in zip(whole, rounded, strict=True))
+    assert same >= 0.95 * len(whole)
+
+
+def answers_about_stories(name, count, device="cuda"):
+    """[(kind, answer, right answer)] of the root checkpoint about clips that it has never seen."""
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(
+        ROOT,
+        trust_remote_code=True,
+        dtype=torch.bfloat16,
+        device_map=device,
+        **loading_options(name),
+    )
+    answers = []
+    for index in range(count):
+        rng = random.Random(f"1000/{index}")
+        story = make_clips.make_story(rng, 8)
+        video = {"type": "video", "video": make_clips.render(story).permute(0, 3, 1, 2), "fps": 2.0}
+        asked = [(kind, make_clips.ask(rng, story, kind)) for kind in make_clips.KINDS]
+        asked = [(kind, *pair) for kind, pair in asked if pair is not None]
+        turns = [[video, {"type": "text", "text": question}] for _, question, _ in asked]
+        inputs = processor.apply_chat_template(
+            [[{"role": "user", "content": turn}] for turn in turns],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(model.device)
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=24)
+        given = processor.batch_decode(
+            tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        answers += [(kind, one, right) for (kind, _, right), one in zip(asked, given, strict=True)]
+    return answers
