@@ -64,6 +64,7 @@ class Answerer:
 
     def plan(self, video: str, max_tokens: int) -> str:
         """What would be taken of a video. Raises ValueError where it cannot be read."""
+        refuse_picture(video)
         conversation = self._conversation(max_tokens)
         messages = [{"role": "user", "content": [media_part(video)]}]
         _, (medium,) = conversation.plan([video], messages)
@@ -107,6 +108,8 @@ class Answerer:
             stopped.set()  # not waited for: Gradio closes generators in its event loop
 
     def _ask(self, turns, video, question, max_tokens, tell):
+        if video is not None:
+            refuse_picture(video)
         conversation = self._conversation(max_tokens)
         conversation.write = lambda text: tell("text", text)
         conversation.say = lambda line: tell("taken", line)
@@ -134,6 +137,12 @@ class Answerer:
             max_tokens=max_tokens,
             max_new_tokens=NEW_TOKENS,
         )
+
+
+def refuse_picture(file):
+    """Raises ValueError for a picture, which has no moments to be shown; GIFs that move have."""
+    if media_part(file)["type"] == "image":
+        raise ValueError(f"{os.path.basename(file)} is a picture: upload a video")
 
 
 def files_of(turns):

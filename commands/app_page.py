@@ -310,14 +310,15 @@ class Page:
         """The film strip and its sliders as they are at first; empty, with a hint, without one."""
         if view is None:
             return {self.summary: hint, self.strip: "", self.word: gr.Radio([]), self.report: ""}
-        last = float(Strip(view).begin[-1])
+        last = round(float(Strip(view).begin[-1]), 2)
         words = [(word.strip(), number) for number, word in enumerate(view.words)]
         words = [word for word in words if any(letter.isalnum() for letter in word[0])]
         return {
             self.summary: summary(view, None, None),
             self.strip: film_strip(view, None, None, None, last) + LEGEND,
             self.word: gr.Radio([("all", -1), *(words if len(words) > 1 else [])], value=-1),
-            self.second: gr.Slider(maximum=round(last, 2), value=round(last, 2), step=0.01),
+            # A video of one step has one moment, but a slider has two ends.
+            self.second: gr.Slider(maximum=max(last, 0.01), value=last, step=0.01),
             self.layer: -1,
             self.group: -1,
             self.report: "",

@@ -133,6 +133,34 @@ def test_further_questions_read_the_whole_conversation_again(answerer, folder):
     assert len(strip.steps) == 5 and strip.reads(None, None).sum() < 0.99
 
 
+def test_a_video_of_one_moment_is_shown(page, folder):
+    """Two frames, which share their tokens."""
+    clips.write_clip(folder / "short.mp4", 2)
+    session, *_ = [
+        update[page.session]
+        for update in page.on_ask(
+            Session(), str(folder / "short.mp4"), "What is shown?", False, 100, VISITOR
+        )
+        if page.session in update
+    ]
+    shown = page.show(session.view)
+    assert shown[page.second].value == 0 < shown[page.second].maximum
+    assert shown[page.strip].count("<img") == 1 and "<iframe" in page.on_draw(session)
+    page.on_choice(session, -1, -1, -1, shown[page.second].maximum)
+
+
+def test_a_picture_is_refused_before_it_is_answered(answerer, folder):
+    path = folder / "still.png"
+    Image.new("RGB", (60, 60), "red").save(path)
+    with pytest.raises(ValueError, match="still.png is a picture: upload a video"):
+        answerer.plan(str(path), 100)
+    with pytest.raises(gr.Error, match="still.png is a picture: upload a video"):
+        answer_of(answerer, [], str(path), "What?", 100)
+    frames = [Image.new("RGB", (60, 60), colour) for colour in ("red", "blue", "red")]
+    frames[0].save(folder / "moves.gif", save_all=True, append_images=frames[1:], duration=500)
+    assert answer_of(answerer, [], str(folder / "moves.gif"), "What?", 100)[0].text
+
+
 class Endless:
     """Stands for `Answerer._ask`: tells twenty words a second until the visitor stops it."""
 
