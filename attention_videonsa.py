@@ -148,13 +148,9 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             gates,
             plan.cu_vision_queries,
             plan.cu_vision_keys,
-            block_size=config.nsa_block_size,
-            num_selected=config.nsa_num_selected_blocks,
-            window_size=config.nsa_window_size,
-            num_initial=config.nsa_num_initial_blocks,
-            num_local=config.nsa_num_local_blocks,
             scale=self.scaling,
             watch_blocks=self.watch_blocks,
+            **branch_settings(config),
         )
 
     def attend_dense(
@@ -170,6 +166,17 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             plan.cu_all_keys,
             scale=self.scaling,
         )
+
+
+def branch_settings(config: VideoNSATextConfig) -> dict[str, int]:
+    """The keyword arguments of `nsa_attention` that a configuration has fields for."""
+    return {
+        "block_size": config.nsa_block_size,
+        "num_selected": config.nsa_num_selected_blocks,
+        "window_size": config.nsa_window_size,
+        "num_initial": config.nsa_num_initial_blocks,
+        "num_local": config.nsa_num_local_blocks,
+    }
 
 
 class AttentionFunctions(NamedTuple):

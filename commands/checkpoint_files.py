@@ -109,6 +109,10 @@ REPOSITORY_FILES = (
     ".ci/*",
     *(f"{folder}/**/*" for folder in ("benchmarks", "commands", "docs", "examples", "tests")),
     "tools/**/*",
+    # Not what installing leaves beside them.
+    "serving/*",
+    "serving/cpu/pyproject.toml",
+    *(f"serving/{folder}/*.py" for folder in ("videonsa_serving", "tests", "cpu/*")),
 )
 
 
