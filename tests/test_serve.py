@@ -475,26 +475,26 @@ def test_a_fault_of_the_server_is_said_to_be_one(led, caplog):
 # As users start it.
 
 
-def test_it_starts_from_a_shell_and_ends_when_it_is_told_to(tmp_path):
+def test_it_starts_from_a_shell_and_ends_when_it_is_told_to():
     command = [sys.executable, "-u", ROOT / "serve.py", "--port", "0"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*command, "--allowed-local-media-path", "."],
         cwd=SHAPES.parent,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    for line in process.stdout:
-        if "running on" in line:
-            break
-    address = line.split()[4]
-    messages = [user(video(SHAPES.as_uri()), text(LAST))]
-    with httpx.Client(base_url=address, timeout=60) as client:
-        assert answer_of(post(client, messages, model=ROOT.name))[0] == "orange"
-    process.send_signal(signal.SIGTERM)
-    process.stdout.read()
-    assert process.wait(60) in (0, -signal.SIGTERM)
+    ) as process:
+        try:
+            line = next(line for line in process.stdout if "running on http" in line)
+            messages = [user(video(SHAPES.as_uri()), text(LAST))]
+            with httpx.Client(base_url=line.split()[4], timeout=60) as client:
+                assert answer_of(post(client, messages, model=ROOT.name))[0] == "orange"
+            process.send_signal(signal.SIGTERM)
+            assert "Finished server process" in process.stdout.read()
+            assert process.wait(60) in (0, -signal.SIGTERM)
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(
