@@ -2,7 +2,8 @@
 
 `VideoNSAAttention` takes a call with new vision tokens by its `NSAPlan` (packing_videonsa.py), a
 recorded decoding step by its `DecodeStep` (decoding_videonsa.py); any other call runs the stock
-attention, untouched. What the branches compute is specified in nsa_reference.py.
+attention, untouched but for products in float8 (float8_videonsa.py). What the branches compute is
+specified in nsa_reference.py.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,14 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttenti
 
 from .configuration_videonsa import VideoNSATextConfig
 from .decoding_videonsa import DecodeStep
-from .float8_videonsa import linears
+from .float8_videonsa import linears, takes_float8
 from .fused_videonsa import rotary
-from .library_videonsa import cache_of, order_offloaded_layers
+from .library_videonsa import (
+    ALL_ATTENTION_FUNCTIONS,
+    cache_of,
+    eager_attention_forward,
+    order_offloaded_layers,
+)
 from .nsa_released import attend_released
 from .nsa_rules import gate_weights
 from .packing_videonsa import NSAPlan
@@ -56,6 +62,9 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         order_offloaded_layers(cache, hidden_states.device)
         if nsa_plan is not None:
             return self._forward_sparse(hidden_states, position_embeddings, nsa_plan, cache), None
+        if takes_float8(self.o_proj, hidden_states):
+            states = (hidden_states, attention_mask, position_embeddings)
+            return self._forward_float8(*states, cache, kwargs)
         output, weights = super().forward(
             hidden_states,
             attention_mask=attention_mask,
@@ -66,6 +75,27 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             # Distributed training wants every parameter in every graph, a text-only one too.
             output = output + 0 * self.gates(hidden_states[:, :1]).sum()
         return output, weights
+
+    def _forward_float8(self, hidden_states, mask, position_embeddings, cache, kwargs):
+        """Stock, but for products that do not go torchao's own way."""
+        query, key, value = self._project(hidden_states, position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **{name: x for name, x in kwargs.items() if x is not cache},
+        )
+        return linears(output.flatten(2), self.o_proj)[0], weights
 
     def _forward_sparse(self, hidden_states, position_embeddings, plan, cache):
         """[B, S, hidden] to [B, S, hidden], by the plan."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
+from videonsa import attention_videonsa as attention
 from videonsa import float8_videonsa as float8
 from videonsa import fused_videonsa as fused
 
@@ -184,27 +185,54 @@ def test_other_layers_are_called_as_they_are():
     assert torch.equal(both[0], plain(x)) and torch.equal(both[1], plain(x))
 
 
-def test_the_language_model_hands_float8_over(prompts, monkeypatch):
-    """All of its layers but gates and head, for a prompt with a video."""
+def language_layers(model):
+    """The linear layers of the language model, but for gates and head."""
+    layers = model.model.language_model.named_modules()
+    return [
+        layer for name, layer in layers if isinstance(layer, nn.Linear) and ".g_proj_" not in name
+    ]
+
+
+@pytest.mark.parametrize("kind", ["video", "text"])
+def test_the_language_model_hands_float8_over(kind, prompts, monkeypatch):
+    """All of its layers but gates and head; padding, of which attention makes zeros, as well."""
     calls, product = [], float8.float8_linear
     monkeypatch.setattr(
         float8, "float8_linear", lambda layer, rows: calls.append(layer) or product(layer, rows)
     )
     model = make_model(4, 2, dtype=torch.bfloat16, head_dim=16)
-    inputs = prompts.batch(prompts.row(3, ("video", 3, 2, 4), 4))
+    rows = [prompts.row(3, ("video", 3, 2, 4), 4) if kind == "video" else prompts.row(7)]
+    inputs = prompts.batch(*rows, prompts.row(3))
+    present = inputs["attention_mask"].bool()
+    assert not present.all()
+    layers = language_layers(model)
+    assert len(layers) == 2 * 7
     with torch.no_grad():
-        whole = model(**inputs).logits
-        layers = [
-            layer
-            for name, layer in model.model.language_model.named_modules()
-            if isinstance(layer, nn.Linear) and ".g_proj_" not in name
-        ]
-        assert len(layers) == 2 * 7
+        whole = model(**inputs).logits[present]
         for layer in layers:
             quantised(layer)
-        seen = model(**inputs).logits
+        seen = model(**inputs).logits[present]
     assert len(calls) == 2 * 7 and set(calls) == set(layers)
     assert 0 < (seen - whole).norm() / whole.norm() < 0.3
+
+
+def test_text_attends_as_in_stock(prompts, monkeypatch):
+    """By the path for float8, bit for bit, if layers are whole."""
+    model, inputs = make_model(4, 2), prompts.batch(prompts.row(9), prompts.row(5))
+    wanted = model.generate(**inputs, max_new_tokens=4, output_logits=True, **RETURNED)
+    calls, dense = [], attention.VideoNSAAttention._forward_float8
+    monkeypatch.setattr(attention, "takes_float8", lambda layer, x: True)
+    monkeypatch.setattr(
+        attention.VideoNSAAttention,
+        "_forward_float8",
+        lambda *arguments: calls.append(arguments) or dense(*arguments),
+    )
+    seen = model.generate(**inputs, max_new_tokens=4, output_logits=True, **RETURNED)
+    assert len(calls) == 2 * 4
+    assert all(torch.equal(*pair) for pair in zip(seen.logits, wanted.logits, strict=True))
+
+
+RETURNED = {"return_dict_in_generate": True, "do_sample": False}
 
 
 def torchao_layer(inputs, outputs, device="cpu"):
