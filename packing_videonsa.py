@@ -109,8 +109,8 @@ def make_plan(
 
 
 def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on `device`, without waiting until all that runs there before has ended."""
-    if torch.device(device).type != "cuda":
+    """A tensor on `device`; one of the CPU without waiting for what runs there to end."""
+    if x.is_cuda or torch.device(device).type != "cuda":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 

@@ -92,6 +92,15 @@ def test_questions_about_the_whole_clip(kind, question, answer):
                 "Which way does the orange shape move?": "up",
             },
         ),
+        (
+            "describe_of",
+            {
+                "Describe the circle.": "A red circle moves right.",
+                "Describe the red shape.": "A red circle moves right.",
+                "Describe the square.": "An orange square moves up.",
+                "Describe the orange shape.": "An orange square moves up.",
+            },
+        ),
     ],
 )
 def test_questions_about_a_part_of_the_clip(kind, pairs):

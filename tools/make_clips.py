@@ -49,7 +49,7 @@ KINDS = (
     "when",
 )
 # One attribute is looked up by another, in clips of several shapes.
-BINDING_KINDS = ("colour_of", "shape_of", "direction_of")
+BINDING_KINDS = ("colour_of", "shape_of", "direction_of", "describe_of")
 # What no clip answers.
 UNKNOWN_KINDS = ("unknown",)
 TRAINED_KINDS = KINDS + BINDING_KINDS + UNKNOWN_KINDS
@@ -247,8 +247,10 @@ def _ask_by_attribute(rng, scenes, kind):
     if kind == "shape_of":
         return f"What is the {scene.colour} shape?", scene.shape
     name = f"{scene.colour} shape"
-    if scene in by_form and rng.random() < 0.5:
+    if scene in by_form and rng.random() < 0.6:
         name = scene.shape
+    if kind == "describe_of":
+        return f"Describe the {name}.", _sentence(scene)
     return f"Which way does the {name} move?", scene.direction
 
 

@@ -2,8 +2,8 @@
 
     python tools/train_tiny.py --out out/tiny
 
-First the vision tower alone learns, on pairs of frames, to tell shape, colour, direction, digit and
-place from each of its tokens, through linear heads that are thrown away. Then it is frozen, and the
+First the vision tower alone learns, on pairs of frames, to tell shape, colour, direction and digit
+from each of its tokens, through linear heads that are thrown away. Then it is frozen, and the
 language model with its gates learns to answer in conversations about clips (tiny_batches.py).
 Trained end to end, it never learned shapes.
 
@@ -13,6 +13,7 @@ is printed. Where --minutes run out, the learning rate has reached zero all the 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -24,8 +25,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from videonsa.library_videonsa import get_vision_position_ids
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.packing_videonsa import make_plan
+from videonsa.vision_videonsa import Layout, Sequences
 
 import make_tiny_checkpoint
 import tiny_batches
@@ -47,28 +50,47 @@ def load(folder, device, dense=False):
     return model.to(device).train()
 
 
+@functools.cache
+def normalisation(device):
+    """Mean and standard deviation of colours, on a device; a list's way there waits for it."""
+    return tuple(
+        torch.tensor(x, device=device).view(1, 3, 1, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD)
+    )
+
+
 def patches_of(frames):
     """uint8 [M, 2, SIZE, SIZE, 3] -> patches [M * 64, 3*2*14*14], four of a token in a row."""
     x = frames.permute(0, 4, 1, 2, 3).float() / 255
-    mean, std = (x.new_tensor(v).view(1, 3, 1, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = normalisation(frames.device)
     x = ((x - mean) / std).unflatten(4, (GRID, MERGE, PATCH)).unflatten(3, (GRID, MERGE, PATCH))
     return x.permute(0, 3, 6, 4, 7, 1, 2, 5, 8).reshape(len(x) * TOKENS * MERGE**2, -1)
 
 
-def encode(model, frames):
-    """Pairs of frames, uint8 [M, 2, SIZE, SIZE, 3] -> merged tokens [M, 16, hidden].
+@functools.cache
+def tower_layout(pairs, device):
+    """Positions and `Layout` of so many pairs of frames, each of which is one window of the tower.
 
-    As one video of M steps: no step sees another.
+    What the tower's `forward` works out anew for every call, and sends to the GPU.
     """
-    grid = torch.tensor([[len(frames), GRID * MERGE, GRID * MERGE]])
-    return model.model.visual(patches_of(frames), grid).pooler_output.unflatten(0, (-1, TOKENS))
+    patches = TOKENS * MERGE**2
+    order = torch.arange(pairs * TOKENS)
+    alike = Sequences([(pairs, patches)], None, None)
+    layout = Layout(order, order, order, {"window": alike, "frame": alike})
+    grid = torch.tensor([[pairs, GRID * MERGE, GRID * MERGE]])
+    return get_vision_position_ids(grid, MERGE, kwargs={}).to(device), layout.to(device)
 
 
-def features_of(model, frames, generator):
+def encode(model, frames):
+    """Pairs of frames, uint8 [M, 2, SIZE, SIZE, 3] -> merged tokens [M, 16, hidden]."""
+    positions, layout = tower_layout(len(frames), frames.device)
+    _, merged = model.model.visual._encode(patches_of(frames), positions, layout, {})
+    return merged.unflatten(0, (-1, TOKENS))
+
+
+def features_of(model, frames, generator=None):
     """Merged tokens [clips' seconds * 16, hidden] of rows of `draw`, without a gradient."""
     with torch.no_grad(), autocast(frames.device):
-        pairs = tiny_batches.pictures(frames, generator)
-        return torch.cat([encode(model, part).flatten(0, 1) for part in pairs.split(2048)])
+        return encode(model, tiny_batches.pictures(frames, generator)).flatten(0, 1)
 
 
 def row_logits(model, ids, positions, features, plan):
@@ -88,9 +110,9 @@ def row_logits(model, ids, positions, features, plan):
 
 def logits_of(model, batch, device, generator):
     """Logits and labels of a batch of `conversation_batch`; the tower's part has no gradient."""
-    features = features_of(model, batch["frames"].to(device), generator)
-    ids, positions, labels = (batch[name].to(device) for name in ("ids", "positions", "labels"))
+    frames, ids, positions, labels = sent(batch, ("frames", "ids", "positions", "labels"), device)
     with autocast(device):
+        features = features_of(model, frames, generator)
         logits = row_logits(model, ids, positions, features, plan_of(model, batch, device))
     return logits.float(), labels
 
@@ -128,10 +150,10 @@ class Clock:
 class Trainer:
     """AdamW over parameters, with clipping, and a rate that warms up, stays, and falls to zero.
 
-    capturable: `update` may be recorded in a CUDA graph; `set_rate` is then called outside of it.
+    `update` may be recorded in a CUDA graph, `set_rate` is called outside of it.
     """
 
-    def __init__(self, parameters, lr, capturable=False):
+    def __init__(self, parameters, lr):
         self.parameters, self.lr = list(parameters), lr
         device = self.parameters[0].device
         matrices = [x for x in self.parameters if x.ndim > 1]
@@ -144,7 +166,7 @@ class Trainer:
             lr=torch.tensor(0.0, device=device),
             betas=(0.9, 0.98),
             fused=True,
-            capturable=capturable,
+            capturable=device.type == "cuda",
         )
         self.skipped = torch.zeros((), device=device)
 
@@ -178,86 +200,36 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
 
-def train_tower(model, args, device, log):
-    """Train the vision tower in place."""
-    hidden, clock = VISION["out_hidden_size"], Clock(args.tower_steps, args.tower_minutes)
-    heads = {
-        name: (torch.randn(size, hidden) / math.sqrt(hidden)).to(device).requires_grad_()
-        for name, size in HEADS.items()
-    }
-    trainer = Trainer([*model.model.visual.parameters(), *heads.values()], args.tower_lr)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    right, steps, speed = torch.zeros(len(HEADS), device=device), 0, Speed(device)
-    data = iter(tiny_batches.batches("tower", args.seed, args.pairs, args.workers))
-    for step in itertools.takewhile(lambda step: not clock.is_over(step), itertools.count()):
-        batch = speed.wait_for(data)
-        labels = batch["labels"].to(device, non_blocking=True)
-        frames = batch["frames"].to(device, non_blocking=True)
-        with torch.no_grad():
-            frames = tiny_batches.pictures(frames, generator)
-        with autocast(device):
-            tokens = encode(model, frames)
-            logits = [F.linear(tokens, heads[name]).float() for name in HEADS]
-        wanted = labels.T[:, :, None].expand(-1, -1, TOKENS)
-        loss = sum(
-            F.cross_entropy(x.flatten(0, 1), y.flatten())
-            for x, y in zip(logits, wanted, strict=True)
-        )
-        trainer.set_rate(step, clock.progress(step))
-        trainer.update(loss)
-        hits = [(x.argmax(-1) == y).float().mean() for x, y in zip(logits, wanted, strict=True)]
-        right, steps = right + torch.stack(hits).detach(), steps + 1
-        if steps == args.log_every:
-            line = speed.per_step(steps)
-            shares = (100 * right / steps).tolist()
-            table = {name: round(x, 1) for name, x in zip(HEADS, shares, strict=True)}
-            log(stage="tower", step=step + 1, right=table, skipped=int(trainer.skipped), **line)
-            right, steps = torch.zeros_like(right), 0
+class Steps:
+    """Runs a step, `function(*inputs)`; on a GPU each kind of step is recorded and then replayed.
 
-
-class LanguageSteps:
-    """Training steps of the language model; on a GPU each shape of a batch is recorded once.
-
-    A step of a model this small is some thousand kernels that take longer to launch than to run:
-    a CUDA graph launches them together. `total` sums the losses since it was last zeroed.
+    A step of a model this small is some thousand kernels that take longer to launch than to run: a
+    CUDA graph launches them together. All that the function reads must be an input or stay where it
+    is, and it must not wait for the GPU.
     """
 
-    WARM_UP = 2  # steps of a shape before it is recorded
+    WARM_UP = 2  # steps of a kind before it is recorded
 
-    def __init__(self, model, trainer, device, graphs):
-        self.model, self.trainer, self.device = model, trainer, device
-        self.graphs, self.recorded, self.seen = graphs, {}, Counter()
-        self.pool = torch.cuda.graph_pool_handle() if graphs else None
-        self.total = torch.zeros((), device=device)
+    def __init__(self, function, trainer, recorded):
+        self.function, self.trainer = function, trainer
+        self.graphs, self.seen = {}, Counter()
+        self.pool = torch.cuda.graph_pool_handle() if recorded else None
 
-    def run(self, batch, features):
-        """One step on a batch of `conversation_batch`."""
-        names = ("ids", "labels", "positions")
-        inputs = [*(batch[name].to(self.device, non_blocking=True) for name in names), features]
-        shape = tuple(batch["seconds"])
-        if shape not in self.recorded or len(shape) > 1:
-            inputs.append(plan_of(self.model, batch, self.device))
-        # else: one clip stands at the same place in every row, as it did when it was recorded
-        self.seen[shape] += 1
-        if not self.graphs or self.seen[shape] <= self.WARM_UP:
-            return self._step(*inputs)
-        if shape not in self.recorded:
-            self.recorded[shape] = self._record(inputs)
-        graph, places = self.recorded[shape]
-        for place, x in zip(places, _tensors(inputs), strict=False):
+    def run(self, kind, *inputs):
+        """A step whose inputs have the shapes of all of this kind."""
+        self.seen[kind] += 1
+        if self.pool is None or self.seen[kind] <= self.WARM_UP:
+            return self.function(*inputs)
+        if kind not in self.graphs:
+            self.graphs[kind] = self._record(inputs)
+        graph, places = self.graphs[kind]
+        for place, x in zip(places, _tensors(inputs), strict=True):
             place.copy_(x, non_blocking=True)
         graph.replay()
 
-    def _step(self, ids, labels, positions, features, plan):
-        with autocast(self.device):
-            logits = row_logits(self.model, ids, positions, features, plan)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-        self.trainer.update(loss)
-        self.total += loss.detach()
-
     def _record(self, inputs):
         """The graph of a step, and the tensors that it reads."""
-        own = [_copied(x) for x in inputs]
+        own = _copied(inputs)
         self.trainer.optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -265,7 +237,7 @@ class LanguageSteps:
         stream = torch.cuda.current_stream()
         mode = {"capture_error_mode": "thread_local"}
         with torch.cuda.graph(graph, pool=self.pool, stream=stream, **mode):
-            self._step(*own)
+            self.function(*own)
         return graph, list(_tensors(own))
 
 
@@ -279,40 +251,92 @@ def _copied(x):
     return x
 
 
-def _tensors(inputs):
+def _tensors(x):
     """The tensors of a step's inputs, those of its plan among them."""
-    for x in inputs:
-        if isinstance(x, tuple):
-            yield from _tensors(x)
-        elif isinstance(x, torch.Tensor):
-            yield x
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, tuple):
+        for part in x:
+            yield from _tensors(part)
+
+
+def train_tower(model, args, device, log):
+    """Train the vision tower in place."""
+    hidden, clock = VISION["out_hidden_size"], Clock(args.tower_steps, args.tower_minutes)
+    heads = {
+        name: (torch.randn(size, hidden) / math.sqrt(hidden)).to(device).requires_grad_()
+        for name, (size, _) in HEADS.items()
+    }
+    trainer = Trainer([*model.model.visual.parameters(), *heads.values()], args.tower_lr)
+    right = torch.zeros(len(HEADS), device=device)
+
+    def step_on(frames, labels):
+        with torch.no_grad():
+            pairs = tiny_batches.pictures(frames)
+        with autocast(device):
+            tokens = encode(model, pairs)
+            logits = [F.linear(tokens, heads[name]).float() for name in HEADS]
+        wanted = labels.T[:, :, None].expand(-1, -1, TOKENS)
+        both = list(zip(logits, wanted, strict=True))
+        losses = [F.cross_entropy(x.flatten(0, 1), y.flatten()) for x, y in both]
+        weights = [weight for _, weight in HEADS.values()]
+        trainer.update(sum(weight * x for weight, x in zip(weights, losses, strict=True)))
+        right.add_(torch.stack([(x.argmax(-1) == y).float().mean() for x, y in both]))
+
+    steps, speed = Steps(step_on, trainer, args.graphs and device.type == "cuda"), Speed(device)
+    data = iter(tiny_batches.batches("tower", args.seed, args.pairs, args.workers))
+    for step in itertools.takewhile(lambda step: not clock.is_over(step), itertools.count()):
+        batch = speed.wait_for(data)
+        trainer.set_rate(step, clock.progress(step))
+        steps.run("pairs", *sent(batch, ("frames", "labels"), device))
+        if (step + 1) % args.log_every == 0:
+            line = speed.per_step(args.log_every)
+            shares = (100 * right / args.log_every).tolist()
+            table = {name: round(x, 1) for name, x in zip(HEADS, shares, strict=True)}
+            log(stage="tower", step=step + 1, right=table, skipped=int(trainer.skipped), **line)
+            right.zero_()
 
 
 def train_language(model, args, device, log):
     """Train the language model with its gates in place; measure and save now and then."""
     model.model.visual.requires_grad_(False)
-    graphs = device.type == "cuda" and args.graphs
-    trainer = Trainer(model.model.language_model.parameters(), args.lr, capturable=graphs)
-    steps = LanguageSteps(model, trainer, device, graphs)
-    generator = torch.Generator(device).manual_seed(args.seed + 1)
+    trainer = Trainer(model.model.language_model.parameters(), args.lr)
+    total = torch.zeros((), device=device)
+
+    def step_on(frames, ids, labels, positions, plan):
+        features = features_of(model, frames)
+        with autocast(device):
+            logits = row_logits(model, ids, positions, features, plan)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        trainer.update(loss)
+        total.add_(loss.detach())
+
+    steps, plans = Steps(step_on, trainer, args.graphs and device.type == "cuda"), {}
     clock, answers, speed = Clock(args.language_steps, args.language_minutes), 0, Speed(device)
     data = iter(tiny_batches.batches("language", args.seed, args.tokens, args.workers))
     for step in itertools.takewhile(lambda step: not clock.is_over(step), itertools.count()):
         batch = speed.wait_for(data)
-        frames = batch["frames"].to(device, non_blocking=True)
+        seconds = tuple(batch["seconds"])
+        if seconds not in plans or len(seconds) > 1:  # a first clip stands where it always does
+            plans[seconds] = plan_of(model, batch, device)
         trainer.set_rate(step, clock.progress(step))
-        steps.run(batch, features_of(model, frames, generator))
+        inputs = sent(batch, ("frames", "ids", "labels", "positions"), device)
+        steps.run(seconds, *inputs, plans[seconds])
         answers += batch["answers"]
         if (step + 1) % args.log_every == 0:
             line = speed.per_step(args.log_every)
             line |= {"answers": answers, "skipped": int(trainer.skipped)}
-            loss = round(steps.total.item() / args.log_every, 5)
+            loss = round(total.item() / args.log_every, 5)
             log(stage="language", step=step + 1, loss=loss, **line)
-            steps.total.zero_()
+            total.zero_()
         if (step + 1) % args.save_every == 0:
             log(stage="measured", step=step + 1, **measure(model, args.measured_rows, device))
             save(model, args.out)
             speed = Speed(device)
+
+
+def sent(batch, names, device):
+    return [batch[name].to(device, non_blocking=True) for name in names]
 
 
 class Speed:
