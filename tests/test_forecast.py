@@ -261,6 +261,11 @@ def test_a_full_card_is_worked_on_in_smaller_chunks_and_says_what_would_fit():
         ("8bit", 80, 32768, 15.6),
         ("8bit", 16, 32768, 13.7),
         ("8bit", 24, 131072, 20.9),
+        ("8bit", 16, 59392, 13.9),  # the last five: as many tokens as were said to fit
+        ("8bit", 24, 199680, 21.4),
+        ("4bit", 12, 50176, 10.4),
+        ("4bit", 16, 120832, 14.2),
+        ("4bit", 24, 260096, 21.7),
     ],
 )
 def test_what_ran_on_a_card_was_said_to_fit_and_what_ran_out_was_not(bits, card, tokens, measured):

@@ -38,7 +38,7 @@ def table():
 
 
 def lowest_python():
-    return re.match(r"(3\.\d+) and later", table()["Python"][0])[1]
+    return re.match(r"(3\.\d+)\+", table()["Python"][0])[1]
 
 
 def test_the_lowest_python_is_one_and_the_same_everywhere():
@@ -100,4 +100,4 @@ def test_the_tables_versions_are_those_of_the_constraints():
     assert triton == f"{short(gpu['triton'])} on an H100"
     bounds = {one.name: str(one.specifier) for one in requirements("requirements.txt")}
     for row, package in (("torch with torchvision", "torch"), ("PyAV", "av")):
-        assert rows[row][0] == f"{bounds[package].removeprefix('>=')} and later"
+        assert rows[row][0] == f"{bounds[package].removeprefix('>=')}+"
