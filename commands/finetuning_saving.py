@@ -17,6 +17,7 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from commands.checkpoint_files import (
@@ -389,6 +390,7 @@ def merge(model_args, args, adapter, out):
     """Writes base and adapter as one checkpoint; on the CPU, as the model may be in shards."""
     import peft
 
+    unset_hf_deepspeed_config()  # this process loads the base alone, and so whole
     base = AutoModelForImageTextToText.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,

@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node 2 tests/finetune_on_cpus.py '[["--data", ...], ["--data", ...]]'
 
-Runs with --fsdp are sharded, where accelerate would fall back to replicas on CPUs. All processes
-have to call the same collectives in the same order: where they do not, GPUs hang, gloo may not.
+Runs with --fsdp or --deepspeed are sharded, where accelerate would fall back to replicas on CPUs.
+All processes have to call the same collectives in the same order: where they do not, GPUs hang,
+which gloo may not.
 """
 
 import functools
@@ -22,11 +23,19 @@ import finetune  # noqa: E402
 from commands import finetuning_arguments  # noqa: E402
 
 
+def kind_of(args):
+    kinds = DistributedType
+    return kinds.DEEPSPEED if args.deepspeed else kinds.MULTI_GPU if args.fsdp else kinds.MULTI_CPU
+
+
 class Arguments(finetuning_arguments.FinetuneArguments):
     def __post_init__(self):
+        if self.deepspeed:
+            import deepspeed
+
+            deepspeed.init_distributed("gloo")
         super().__post_init__()
-        kinds = DistributedType
-        PartialState().distributed_type = kinds.MULTI_GPU if self.fsdp else kinds.MULTI_CPU
+        PartialState().distributed_type = kind_of(self)
 
 
 finetuning_arguments.FinetuneArguments = Arguments
@@ -35,9 +44,10 @@ calls = []
 
 def record(name, collective):
     @functools.wraps(collective)
-    def recorded(output, *args, **kwargs):
+    def recorded(*args, **kwargs):
+        output = args[0] if args else next(v for k, v in kwargs.items() if k.startswith("output"))
         calls.append((name, tuple(output.shape)))
-        return collective(output, *args, **kwargs)
+        return collective(*args, **kwargs)
 
     return recorded
 
@@ -52,8 +62,10 @@ for argv in json.loads(sys.argv[1]):
     AcceleratorState._reset_state()
     calls.clear()
     trainer = finetune.main(argv)
-    sharded = trainer.accelerator.distributed_type == DistributedType.FSDP
-    assert sharded == ("--fsdp" in argv) and trainer.args.world_size == 2
+    kind = trainer.accelerator.distributed_type
+    wanted = DistributedType.FSDP if trainer.args.fsdp else kind_of(trainer.args)
+    assert kind == wanted and trainer.args.world_size == 2
     gathered = [None, None]
     dist.all_gather_object(gathered, calls)
-    assert gathered[0] == gathered[1] and bool(calls) == sharded, argv
+    assert gathered[0] == gathered[1], argv
+    assert bool(calls) == (kind != DistributedType.MULTI_CPU)
