@@ -20,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from commands.ending import CANNOT_START, end
+
 ROOT = Path(__file__).resolve().parent
 
 
@@ -82,8 +84,11 @@ def launch(page, options, **settings):
 def main():
     options = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the folder is removed
-    with tempfile.TemporaryDirectory(prefix="videonsa-") as uploads:
-        launch(make_page(options, uploads), options)
+    try:
+        with tempfile.TemporaryDirectory(prefix="videonsa-") as uploads:
+            launch(make_page(options, uploads), options)
+    except CANNOT_START as error:
+        end("app.py", error)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import uvicorn
 from transformers import AutoProcessor
 from transformers.utils import logging
 
+from commands.ending import CANNOT_START, end
 from commands.model_loading import prepare_model
 from commands.quantized_loading import HELP, LOAD_IN
-from commands.serve_answers import Answerer
-from commands.serve_http import Server
 
 ROOT = Path(__file__).resolve().parent
 
@@ -39,8 +37,11 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def make_server(options) -> Server:
-    """The server with its model loaded. Raises ValueError for options that cannot be used."""
+def make_server(options):
+    """The `Server` with its model loaded. Raises ValueError for options that cannot be used."""
+    from commands.serve_answers import Answerer
+    from commands.serve_http import Server
+
     folder = options.allowed_local_media_path
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"--allowed-local-media-path {folder} is no folder")
@@ -57,10 +58,11 @@ def main():
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
+        import uvicorn
+
         server = make_server(options)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print("serve.py:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    except CANNOT_START as error:
+        end("serve.py", error)
     uvicorn.run(server, host=options.host, port=options.port, timeout_graceful_shutdown=5)
 
 

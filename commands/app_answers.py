@@ -49,7 +49,7 @@ class Answerer:
 
     is_recorded: whether what is attended to can be recorded, which takes the paper's semantics.
 
-    Raises ValueError where not even a short video fits.
+    Raises ValueError where not even a short video fits, or is to be taken.
     """
 
     def __init__(self, prepared: PreparedModel, processor, max_tokens=None, on_gpu=None):
@@ -57,6 +57,8 @@ class Answerer:
         self.max_position_embeddings = prepared.config.text_config.max_position_embeddings
         self.is_recorded = prepared.config.text_config.nsa_semantics == "paper"
         self.busy = threading.Lock()
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"--max-tokens is {max_tokens}; it must be at least 1")
         fitting = most_tokens(prepared)
         self.max_tokens = fitting if max_tokens is None else min(fitting, max_tokens)
         self.model = prepared.load()

@@ -122,7 +122,7 @@ class Page:
             self.new = gr.Button("New conversation", size="sm", scale=1, elem_id="new")
         with gr.Accordion("How much of a video is read", open=False):
             self.budget = gr.Slider(
-                min(64, most),
+                min(64, most - 1),
                 most,
                 most,
                 step=1,

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ from paths import ROOT
 
 gr = pytest.importorskip("gradio", reason="needs requirements-demo.txt")
 
-from commands import app_answers, app_examples, app_page, app_strip  # noqa: E402
+from commands import app_answers, app_examples, app_page, app_strip, ending  # noqa: E402
 from commands.app_answers import Answerer, as_message, most_tokens  # noqa: E402
 from commands.app_page import Page, Session  # noqa: E402
 from commands.conversation import TooLarge  # noqa: E402
@@ -159,6 +160,43 @@ def test_a_picture_is_refused_before_it_is_answered(answerer, folder):
     frames = [Image.new("RGB", (60, 60), colour) for colour in ("red", "blue", "red")]
     frames[0].save(folder / "moves.gif", save_all=True, append_images=frames[1:], duration=500)
     assert answer_of(answerer, [], str(folder / "moves.gif"), "What?", 100)[0].text
+
+
+def test_a_budget_of_one_token_has_a_slider(prepared, processor):
+    assert Page(Answerer(prepared, processor, max_tokens=1), [], True).budget.minimum == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--max-tokens", "0"], "--max-tokens is 0; it must be at least 1"),
+        (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
+        (["--model", str(ROOT / "docs")], "Unrecognized model in"),
+    ],
+)
+def test_options_that_cannot_be_used_are_one_line(monkeypatch, capsys, options, said):
+    import app
+
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+    monkeypatch.setattr(sys, "argv", ["app.py", *options])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            app.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and error.startswith("app.py: ") and said in error
+
+
+def test_a_package_that_is_missing_is_named_with_what_installs_it(capsys):
+    with pytest.raises(SystemExit):
+        ending.end("app.py", ModuleNotFoundError("No module named 'gradio'"))
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "app.py: No module named 'gradio': pip install -r requirements-demo.txt"
+    )
 
 
 class Endless:
