@@ -176,6 +176,6 @@ if triton is not None:
         rest = _activated(gate, up, row * columns + later, later < columns)
         largest = tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(rest), 0))
         factor = _scale(largest, scale, row, LEAST, LARGEST)
-        target, dtype = values + row * columns, values.dtype.element_ty
-        tl.store(target + column, (first * factor).to(dtype), column < columns)
-        tl.store(target + later, (rest * factor).to(dtype), later < columns)
+        target = values + row * columns
+        tl.store(target + column, (first * factor).to(values.dtype.element_ty), column < columns)
+        tl.store(target + later, (rest * factor).to(values.dtype.element_ty), later < columns)
