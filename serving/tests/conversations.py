@@ -11,7 +11,7 @@ CLIPS = ROOT / "examples" / "clips"
 
 
 def ask(*parts):
-    """A conversation of one question: clips by their names, pictures by `picture`, and text."""
+    """A conversation of one question: clips by name or path, pictures by `picture`, and text."""
     return [{"role": "user", "content": [part_of(part) for part in parts]}]
 
 

@@ -1,9 +1,9 @@
 """An engine's greedy tokens and log-probabilities are those of the checkpoint in float64."""
 
 import pytest
-from conversations import ask, clip, picture
 
-from conftest import greedy
+from conversations import ask, clip, picture
+from engines import greedy
 
 QUESTIONS = {
     "one video": ask("circle.mp4", "What colour is the shape?"),

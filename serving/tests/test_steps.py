@@ -1,9 +1,9 @@
 """Whatever steps an engine cuts requests into, the answers stay what they are."""
 
 import pytest
-from conversations import ask, clip, picture
 
-from conftest import greedy
+from conversations import ask, clip, picture
+from engines import greedy
 from videonsa_serving import state
 
 REQUESTS = (

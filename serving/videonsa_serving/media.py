@@ -19,6 +19,7 @@ from vllm.model_executor.models.qwen2_5_vl import (
 )
 from vllm.multimodal.processing import BaseMultiModalProcessor
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
+from vllm.transformers_utils.processor import cached_get_processor
 
 # vLLM's own word for "nothing was asked": its default, and what asks for all frames.
 UNASKED_FRAMES = (32, -1)
@@ -49,8 +50,11 @@ class VideoNSAProcessingInfo(Qwen2_5_VLProcessingInfo):
     """What vLLM asks of a processor: the checkpoint's, whatever a request sets."""
 
     def get_hf_processor(self, **kwargs):
-        # The class that the checkpoint brings, and no other for settings, which go with each call.
-        return self.ctx.get_hf_processor()
+        # One for all settings, which go with each call.
+        model = self.ctx.model_config
+        return cached_get_processor(
+            model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
 
     def get_max_video_tokens(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
         """Tokens that no video exceeds under the checkpoint's settings and those of the start."""

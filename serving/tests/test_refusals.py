@@ -1,0 +1,55 @@
+"""What is not served is refused at the start, by name, before anything is loaded."""
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from engines import OPTIONS
+
+KV_CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+REFUSED = {
+    "pipeline_parallel_size 2: use tensor_parallel_size": {"pipeline_parallel_size": 2},
+    "decode_context_parallel_size 2": {
+        "decode_context_parallel_size": 2,
+        "tensor_parallel_size": 2,
+    },
+    "prefill_context_parallel_size 2": {"prefill_context_parallel_size": 2},
+    "tensor_parallel_size 7: the checkpoint has 2 key/value heads": {"tensor_parallel_size": 7},
+    "a KV connector": {"kv_transfer_config": KV_CONNECTOR},
+    "speculative decoding": {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}
+    },
+    "LoRA adapters": {"enable_lora": True},
+    "video pruning": {"video_pruning_rate": 0.5},
+    "kv_cache_dtype fp8": {"kv_cache_dtype": "fp8"},
+    "dtype bfloat16 on a CPU: start with --dtype float32": {"dtype": "bfloat16"},
+    "nsa_semantics 'released'": {
+        "hf_overrides": {"text_config": {"nsa_semantics": "released"}},
+    },
+}
+
+
+def configure(checkpoint, **options):
+    return EngineArgs(checkpoint, **OPTIONS | options).create_engine_config()
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_at_the_start(checkpoint, message):
+    with pytest.raises(ValueError, match="VideoNSA is not served with") as error:
+        configure(checkpoint, **REFUSED[message])
+    assert message in str(error.value)
+
+
+def test_the_old_model_runner_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="vLLM's old model runner: unset VLLM_USE_V2"):
+        configure(checkpoint)
+
+
+def test_all_reasons_are_said_at_once(checkpoint):
+    with pytest.raises(ValueError, match="pipeline_parallel_size 2.*; nor with LoRA"):
+        configure(checkpoint, pipeline_parallel_size=2, enable_lora=True)
+
+
+def test_what_is_served_is_configured(checkpoint):
+    config = configure(checkpoint, tensor_parallel_size=2)
+    assert config.use_v2_model_runner
