@@ -4,8 +4,8 @@ A layer takes part whose weight is torchao's `Float8Tensor` with activations qua
 (`Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())`). Left to itself it quantises its
 input in passes of its own over memory, and makes NaN of a row of zeros. Here one kernel finds the
 scale of a row and casts it, once for all the layers that read it, and SwiGLU hands its result over
-in float8. Other layers, also those under hooks or adapters, and layers in training or on a CPU are
-called as they are.
+in float8. Elsewhere than on CUDA with Triton both are plain PyTorch. Other layers, also those under
+hooks or adapters, in training or under torch.compile, are called as they are.
 
 Shapes: N rows (tokens), D features, I intermediate features.
 Numbers: float8_e4m3fn; a row's scale is its largest magnitude over 448, in float32.
@@ -55,11 +55,10 @@ def takes_float8(layer: nn.Module, x: torch.Tensor) -> bool:
     if type(layer) is not nn.Linear or type(weight).__name__ != "Float8Tensor":
         return False
     return (
-        _runs_fused(x)
-        and x.device == weight.device
+        x.device == weight.device
         and x.dtype == weight.dtype == torch.bfloat16
-        and x.shape[-1] <= MAX_FEATURES
         and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
         and "forward" not in vars(layer)
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and _is_by_row(weight)
@@ -82,6 +81,8 @@ def float8_linear(layer: nn.Linear, rows: Float8Rows) -> torch.Tensor:
 
 def cast_rows(x: torch.Tensor) -> Float8Rows:
     """x [N, D] in float8."""
+    if not _runs_fused(x):
+        return _plain_rows(x.float())
     x = x.contiguous()
     rows = _empty_rows(x)
     if len(x):
@@ -95,6 +96,8 @@ def cast_rows(x: torch.Tensor) -> Float8Rows:
 
 def swiglu_rows(gate: torch.Tensor, up: torch.Tensor) -> Float8Rows:
     """silu(gate) * up in float8, for gate and up [N, I]."""
+    if not _runs_fused(gate):
+        return _plain_rows(nn.functional.silu(gate.float()) * up.float())
     gate, up = gate.contiguous(), up.contiguous()
     rows = _empty_rows(gate)
     columns = gate.shape[1]
@@ -112,7 +115,12 @@ def swiglu_rows(gate: torch.Tensor, up: torch.Tensor) -> Float8Rows:
 
 def _runs_fused(x):
     """Whether the kernels take it."""
-    return triton is not None and x.is_cuda and not torch.compiler.is_compiling()
+    return triton is not None and x.is_cuda and x.shape[-1] <= MAX_FEATURES
+
+
+def _plain_rows(wide):
+    scale = wide.abs().amax(1, keepdim=True).clamp(min=LEAST) / LARGEST
+    return Float8Rows((wide / scale).to(FLOAT8), scale)
 
 
 def _empty_rows(x):

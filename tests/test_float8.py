@@ -111,6 +111,13 @@ def test_rows_are_cast_by_their_largest(features):
     )
 
 
+def test_without_kernels_rows_are_cast_alike(monkeypatch):
+    monkeypatch.setattr(float8, "_runs_fused", lambda x: False)
+    test_rows_are_cast_by_their_largest(48)
+    test_swiglu_ends_in_float8(48)
+    test_linears_are_as_accurate_as_plain_casts()
+
+
 @pytest.mark.parametrize("columns", [16, 48, 320, 1024])
 def test_swiglu_ends_in_float8(columns):
     gate, up = numbers(4, columns) / 10, numbers(4, columns, seed=1)
