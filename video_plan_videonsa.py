@@ -14,6 +14,7 @@ logger = logging.get_logger(__name__)
 
 # Of one picture or frame before it is resized; where Pillow, too, refuses a picture.
 MAX_FRAME_PIXELS = 2 * 89_478_485
+MOST_FRAMES = 10**9  # that a rate asks for; what is more than that, floats do not hold
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,9 @@ def plan_video(
             logger.warning_once(f"num_frames is {num_frames}, but the video has {source_frames}.")
     else:
         # Half a source frame of tolerance: containers round durations.
-        at_rate = int((duration + duration / source_frames / 2) * fps)
+        at_rate = int(min((duration + duration / source_frames / 2) * fps, MOST_FRAMES))
         at_rate = at_rate // temporal_patch_size * temporal_patch_size
-        least = math.ceil(min_frames / temporal_patch_size) * temporal_patch_size
+        least = max(math.ceil(min_frames / temporal_patch_size), 1) * temporal_patch_size
         requested, frames = max(at_rate, 1), min(max(at_rate, least), cap, available)
         if frames < requested:
             frames_reason = "frame cap" if frames == cap else "all there are"
@@ -173,7 +174,8 @@ def plan_video(
         rows, columns = fit_size(height, width, min_pixels, max_pixels, factor)
         share = None
         if total_pixels:
-            share = max(total_pixels * temporal_patch_size // frames, int(1.05 * min_pixels))
+            share = total_pixels * temporal_patch_size // frames
+            share = max(share, int(1.05 * min_pixels), unit)
         if share is not None and rows * columns > share:
             rows, columns = fit_size(height, width, min_pixels, share, factor)
             size_reason = "total pixels"

@@ -5,6 +5,7 @@
 
 import math
 import numbers
+import reprlib
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
@@ -111,17 +112,18 @@ def read_setting(name: str, value):
     """
     if value is None:
         return None
+    shown = reprlib.repr(value)  # a message may have a file in a setting's place
     if name in SWITCHES:
         if not _is_scalar(value) or value not in (0, 1):
-            raise ValueError(f"{name} is {value!r}; it must be True or False.")
+            raise ValueError(f"{name} is {shown}; it must be True or False.")
         return bool(value)
     if name == "video_decoder":
         if not isinstance(value, str) or value not in DECODERS:
-            raise ValueError(f"{name} is {value!r}; it must be 'cpu' or 'cuda'.")
+            raise ValueError(f"{name} is {shown}; it must be 'cpu' or 'cuda'.")
         return value
     number = as_number(value)
     if number is None or not math.isfinite(number):
-        raise ValueError(f"{name} is {value!r}; it must be a finite number.")
+        raise ValueError(f"{name} is {shown}; it must be a finite number.")
     if name == "fps":
         if number <= 0:
             raise ValueError(f"fps is {value}; it must be positive (2 is usual).")

@@ -56,6 +56,33 @@ def test_what_is_no_number_is_refused_by_its_setting(processor, clip, name):
         processor.plan_videos(message(clip), max_tokens=math.nan)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fps": 1e308},
+        {"fps": 1e-300, "min_frames": 0},
+        {"video_end": 1e-300, "min_frames": 0},
+        {"max_pixels": 1e300, "max_frames": 1e300},
+    ],
+)
+def test_numbers_that_are_very_large_or_small_leave_a_plan(processor, clip, settings):
+    _, (plan,) = processor.plan_videos(message(clip, **settings))
+    assert 1 <= plan.frames <= 50 and plan.tokens >= 1
+
+
+def test_pixels_that_are_too_few_for_a_token_are_refused(processor, clip):
+    with pytest.raises(ValueError, match="more than the total pixels allows"):
+        processor.plan_videos(message(clip, min_pixels=0, total_pixels=1))
+
+
+@pytest.mark.parametrize("name", ["fps", "do_resize", "video_decoder"])
+def test_a_file_in_a_settings_place_does_not_fill_the_message(processor, clip, name):
+    for value in ("data:video/mp4;base64," + "A" * 10**5, {"url": "A" * 10**5}):
+        with pytest.raises(ValueError, match=rf"^{name} is .*; it must be ") as error:
+            processor.plan_videos(message(clip, **{name: value}))
+        assert len(str(error.value)) < 200
+
+
 @pytest.mark.parametrize("name", SWITCHES)
 def test_a_switch_is_true_or_false(processor, clip, name):
     for value in (2, -1, 0.5, math.nan, "", "2", [True], [False]):
