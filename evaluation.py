@@ -5,6 +5,8 @@
     python evaluation.py --model VideoNSA-7B --tasks mlvu_test,videomme --preset mlvu
     accelerate launch --num_processes 8 evaluation.py --model VideoNSA-7B --tasks timescope \\
         --preset timescope --attention dense
+    torchrun --nproc_per_node 2 evaluation.py --model VideoNSA-7B --data long.jsonl \\
+        --sequence_parallel_size 2
     python evaluation.py --compare out/evaluation
 
 --data takes the rows that finetune.py takes (docs/training.md), asks their questions and scores
@@ -25,7 +27,7 @@ import ast
 import sys
 from pathlib import Path
 
-from commands import ROOT
+from commands import ROOT, processes
 from commands.evaluation_manifest import compare
 from commands.evaluation_model import EvaluatedModel
 from commands.evaluation_presets import ALIASES, PRESETS, Preset
@@ -54,6 +56,13 @@ def parse_arguments(argv):
     parser.add_argument("--tasks", metavar="NAME,...", help="tasks of lmms-eval")
     parser.add_argument("--limit", metavar="N", help="questions of each, at most")
     parser.add_argument("--batch_size", default="1", metavar="N", help="questions at a time")
+    parser.add_argument(
+        "--sequence_parallel_size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share out each question of --data, of those torchrun started",
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS), help="frames, pixels and new tokens")
     parser.add_argument("--attention", choices=("sparse", "dense"), default="sparse")
     parser.add_argument(
@@ -81,6 +90,8 @@ def parse_arguments(argv):
         parser.error("give --data with questions of your own, or --tasks of lmms-eval")
     if options.data is not None and others:
         parser.error(f"{' '.join(others)}: --data knows no such option, only --tasks may")
+    if options.data is None and options.sequence_parallel_size != 1:
+        parser.error("--sequence_parallel_size is of --data; lmms-eval deals its questions itself")
     if options.data is None and options.data_root is not None:
         parser.error("--data_root is of --data; --tasks know where their media are")
     for name in ("limit", "batch_size") if options.data else ():
@@ -172,6 +183,7 @@ def ask_rows(options, argv):
         EvaluatedModel.folder = Path(options.output_path) / "answers"
         for name in options.data:  # what cannot be read is known before the model is loaded
             read_questions(name, options.data_root)
+        settings |= {"sequence_parallel_size": options.sequence_parallel_size}
         model = EvaluatedModel(**settings | {"batch_size": int(options.batch_size)})
         results = evaluate_rows(
             model, options.data, options.output_path, run, options.data_root, limit
@@ -179,6 +191,7 @@ def ask_rows(options, argv):
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"evaluation.py: {error}", file=sys.stderr)
         return 1
+    processes.leave()
     for name, scores, path in results:
         print(f"{name}: " + ", ".join(f"{metric} {score:.1%}" for metric, score in scores.items()))
         print(f"  answers and settings: {path}")

@@ -3,6 +3,7 @@
 import sys
 
 import torch
+import torch.distributed as dist
 
 from nsa_rules import BRANCHES
 
@@ -19,7 +20,8 @@ class AttentionRecorder:
     in `branches`.
     """
 
-    def __init__(self, model, branches=BRANCHES):
+    def __init__(self, model, branches=BRANCHES, group=None):
+        self.group = group  # of processes that share prompts out: each computes a part of it
         self.layers = [layer.self_attn for layer in model.model.language_model.layers]
         self.open = torch.tensor([branch in branches for branch in BRANCHES])
         for layer in self.layers:
@@ -52,7 +54,10 @@ class AttentionRecorder:
         def counting(query, key, value, gates, plan):
             gates = gates * self.open.to(gates)
             output = attend_sparse(query, key, value, gates, plan)
-            self.tokens[index] = self.tokens[index] + plan.cu_vision_queries.diff().cpu()
+            tokens = plan.cu_vision_queries.diff().cpu()
+            if plan.shard is not None:  # a sample's are two chunks
+                tokens = tokens.view(-1, 2).sum(1)
+            self.tokens[index] = self.tokens[index] + tokens
             functions = attention_functions(config.nsa_backend, query.device)
             self.functions.add(functions.nsa_attention.__module__.rsplit(".", 1)[-1])
             self.settings = {
@@ -73,6 +78,8 @@ class AttentionRecorder:
         `functions`, `settings` and `mean_gates` are those that were applied to the batch; a closed
         branch has mean gate 0.
         """
+        if self.group is not None:
+            self._add_up()
         samples = len(vision_tokens)
         # A sample has several rows when it is answered by beam search; all of them must count.
         by_layer = [
@@ -89,6 +96,14 @@ class AttentionRecorder:
             {"vision_tokens": tokens, "sparse_tokens_by_layer": list(counted), **common}
             for tokens, counted in zip(vision_tokens, zip(*by_layer, strict=True), strict=True)
         ]
+
+    def _add_up(self):
+        """Adds what all processes of the group counted."""
+        every = [None] * self.group.size()
+        dist.all_gather_object(every, (self.tokens, self.gates, self.rows), group=self.group)
+        tokens, gates, rows = zip(*every, strict=True)
+        self.tokens = [sum(layer) for layer in zip(*tokens, strict=True)]
+        self.gates, self.rows = sum(gates), sum(rows)
 
 
 def check(report, attention):

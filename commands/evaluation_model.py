@@ -4,15 +4,18 @@ evaluation_rows.py asks it the questions of a file, evaluation_harness.py those 
 """
 
 import json
+import os
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from commands import processes
 from commands.checkpoint_files import ADAPTER_CONFIG
 from commands.evaluation_attention import AttentionRecorder, check
 from commands.evaluation_cache import AnswerCache
@@ -42,8 +45,8 @@ class EvaluatedModel:
     pretrained, revision: folder or Hub id.  attention: "sparse", or "dense" with the same weights.
     branches: those whose gates stay open, joined by "+".  blocks, window, semantics: in place of
     the checkpoint's nsa_num_selected_blocks, nsa_window_size and nsa_semantics.  load_in: a name of
-    `LOAD_IN`, to quantise the weights.  limits: LIMITS, of
-    every video that does not set its own.
+    `LOAD_IN`, to quantise the weights.  sequence_parallel_size: of the processes that were started,
+    how many answer a question together.  limits: LIMITS, of every video that does not set its own.
     """
 
     folder = Path("out/evaluation/answers")  # of kept answers; main() sets it
@@ -63,9 +66,15 @@ class EvaluatedModel:
         device_map=None,
         attn_implementation=None,
         batch_size=1,
+        sequence_parallel_size=1,
         **limits,
     ):
-        self.accelerator = Accelerator()
+        self.accelerator = make_accelerator()
+        self.group = processes.group_of(sequence_parallel_size)
+        # Questions are dealt out to groups, of which the first process keeps the answers.
+        index, size = self.accelerator.process_index, sequence_parallel_size
+        self.share, self.shares = index // size, self.accelerator.num_processes // size
+        self.keeps = index % size == 0
         self.device = torch.device(device) if device else self.accelerator.device
         self.attention, self.batch_size, self.load_in = attention, int(batch_size), load_in
         self.branches = tuple(branches.split("+"))
@@ -101,13 +110,16 @@ class EvaluatedModel:
                 "branches can be closed under the paper's semantics only: the released ones give "
                 "text a share of every branch that no gate closes. Leave branches away."
             )
-        self.recorder = AttentionRecorder(self.model, self.branches)
+        if self.group is not None:
+            self.model.shard_sequences(self.group)
+        self.recorder = AttentionRecorder(self.model, self.branches, self.group)
         self.checkpoint_generation = clear_generation_config(self.model)
         self.settings = self._describe(pretrained, revision)
         # Where a checkpoint lies does not change what it answers.
         content = {**self.settings, "checkpoint": self.settings["checkpoint"]["weights"]}
         self.fingerprint = digest(content)
         self.cache = AnswerCache(type(self).folder / self.fingerprint)
+        self.accelerator.wait_for_everyone()  # before one of them adds to it
         self.records = []  # of the last call, of all processes
 
     @property
@@ -128,6 +140,7 @@ class EvaluatedModel:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "load_in": self.load_in,
             "batch_size": self.batch_size,
+            "processes": 1 if self.group is None else self.group.size(),
             "attention": {
                 "asked": self.attention,
                 "semantics": config.text_config.nsa_semantics,
@@ -167,8 +180,10 @@ class EvaluatedModel:
                 records[index] = {**known, "again": True}
                 continue
             inputs = self._encode(sample)
-            if inputs is None:
-                self.cache.add(sample)
+            if self.group is not None:
+                sample["error"] = first_error(sample["error"], self.group)
+            if sample["error"] is not None:
+                self._keep(sample)
                 records[index] = _record(sample)
                 continue
             if waiting and sample["generation"] != waiting[0][1]["generation"]:
@@ -182,7 +197,7 @@ class EvaluatedModel:
             self._generate(waiting, records)
         mine = [records[index] for index in range(len(records))]
         several = self.accelerator.num_processes > 1
-        self.records = gather_object(mine) if several else mine
+        self.records = gather_object(mine if self.keeps else []) if several else mine
         refuse_all_unreadable(self.records)
         return mine
 
@@ -252,8 +267,25 @@ class EvaluatedModel:
             sample["answer_tokens"] = int((tokens != self.processor.tokenizer.pad_token_id).sum())
             sample["seconds"] = seconds
             sample["attention"] = report
-            self.cache.add(sample)
+            self._keep(sample)
             records[index] = _record(sample)
+
+    def _keep(self, sample):
+        if self.keeps:
+            self.cache.add(sample)
+
+
+def make_accelerator() -> Accelerator:
+    """That of the processes that were started, several of them on CPUs where there is no GPU."""
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # as ask.py
+    return Accelerator(cpu=processes.count() > 1 and not torch.cuda.is_available())
+
+
+def first_error(error: str | None, group) -> str | None:
+    """The error of the first process of a group that has one, so that all leave a sample out."""
+    every = [None] * group.size()
+    dist.all_gather_object(every, error, group=group)
+    return next((one for one in every if one is not None), None)
 
 
 def _record(sample):

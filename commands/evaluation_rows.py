@@ -55,9 +55,7 @@ def evaluate_rows(model: EvaluatedModel, names, output_path, run, root=None, lim
     for name in names:
         every = read_questions(name, root)
         questions = every[:limit]
-        ours = range(
-            model.accelerator.process_index, len(questions), model.accelerator.num_processes
-        )
+        ours = range(model.share, len(questions), model.shares)
         task = Path(name).name
         shown = tqdm(ours, desc=f"Answering {task}", disable=model.accelerator.process_index > 0)
         model.answer_all(_sample(task, n, questions[n], run["generation"]) for n in shown)

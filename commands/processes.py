@@ -70,6 +70,22 @@ def join(device: str | None) -> str | None:
     return device
 
 
+def group_of(size: int) -> "dist.ProcessGroup | None":
+    """The group of this process, where each `size` of all processes are one; None for a size of 1.
+
+    Raises ValueError where there are not so many, or no whole number of groups.
+    """
+    if size == 1:
+        return None
+    there = dist.get_world_size() if dist.is_initialized() else 1
+    if size < 1 or there % size:
+        raise ValueError(
+            f"--sequence_parallel_size is {size}, and {there} processes run, which are not groups "
+            f"of {size}. Start a multiple of {max(size, 2)} with torchrun --nproc_per_node."
+        )
+    return dist.new_subgroups(size)[0]
+
+
 def leave() -> None:
     """End the group, when all is done; after an error it would wait for the others."""
     if dist.is_available() and dist.is_initialized():

@@ -12,7 +12,7 @@ from commands.evaluation_model import EvaluatedModel
 from commands.evaluation_rows import read_questions
 from commands.finetuning_rows import LAYOUTS, RefusedRow
 from commands.questions import is_exact, questions_of
-from finetuning import ROW, TEXT_ROW, run, write_rows
+from finetuning import ROW, TEXT_ROW, run, start, write_rows
 from paths import ROOT
 
 CLIP = str(ROOT / "examples/clips/circle.mp4")
@@ -179,3 +179,65 @@ def test_the_harness_is_asked_for_by_tasks_alone(tmp_path):
     assert missing.returncode == 1
     assert "pip install -r requirements-eval.txt -c constraints-eval.txt" in missing.stderr
     assert ask("--help").returncode == 0
+
+
+# The second process cannot read the fourth question's file, which the first one can.
+ONE_CANNOT_READ = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import evaluation
+from commands.evaluation_model import EvaluatedModel
+
+encode = EvaluatedModel._encode
+
+def encode_but_one(model, sample):
+    inputs = encode(model, sample)
+    if os.environ["RANK"] == "1" and sample["doc_id"] == 3:
+        sample["error"] = "the disk is gone"
+    return inputs
+
+EvaluatedModel._encode = encode_but_one
+sys.exit(evaluation.main(sys.argv[1:]))
+"""
+
+
+def test_processes_that_share_questions_out_answer_as_one(tmp_path):
+    rows = [asked(CHOICES, "B"), TEXT_ROW, asked("What is the shape?", "circle")]
+    rows += [asked("Where is it?", "left"), {"video": "gone.mp4", "question": "?", "answer": "no"}]
+    data = write_rows(tmp_path / "mine.jsonl", rows)
+    script = tmp_path / "evaluation_of_two.py"
+    script.write_text(ONE_CANNOT_READ)
+    argv = ["--model", ROOT, "--data", data, "--batch_size", 2, "--output_path", tmp_path / "two"]
+    done = start(script, [ROOT, *argv, "--sequence_parallel_size", 2], processes=2)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout.count("exact_match") == 1  # one of them says so
+    assert evaluate(data, tmp_path / "one", "--batch_size", 2) == 0
+    one, two = manifest_in(tmp_path / "one"), manifest_in(tmp_path / "two")
+    assert (one["settings"]["processes"], two["settings"]["processes"]) == (1, 2)
+    compared = ("answer", "prompt_tokens", "vision_tokens", "attention", "right", "videos")
+    for number, (mine, theirs) in enumerate(zip(two["per_sample"], one["per_sample"], strict=True)):
+        if number == 3:
+            assert mine["error"] == "the disk is gone" and theirs["error"] is None
+            continue
+        for key in compared:
+            assert mine.get(key) == theirs.get(key), (number, key)
+        assert mine["error"] == theirs["error"]
+    kept = list((tmp_path / "two" / "answers").rglob("*.jsonl"))
+    assert len(kept) == 1 and len(kept[0].read_text().splitlines()) == len(rows)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "x.jsonl"], "which are not groups of 2"),
+        (["--tasks", "clips"], "--sequence_parallel_size is of --data"),
+    ],
+)
+def test_processes_that_are_not_there_cannot_share(arguments, message, tmp_path, capsys):
+    data = write_rows(tmp_path / "x.jsonl", [TEXT_ROW])
+    argv = [str(data) if one == "x.jsonl" else one for one in arguments]
+    try:
+        code = evaluation.main(["--model", str(ROOT), "--sequence_parallel_size", "2", *argv])
+    except SystemExit as ended:
+        code = ended.code
+    assert code and message in capsys.readouterr().err
