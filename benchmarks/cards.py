@@ -136,8 +136,9 @@ def measure(args):
             gc.collect()
             torch.cuda.set_per_process_memory_fraction(1.0)
             model, loaded = make_loaded(weights), weights
-            token_times(model, make_inputs(model, 4096), 4)  # compiles
-            if weights != HOST:
+            if group != "training":
+                token_times(model, make_inputs(model, 4096), 4)  # compiles
+            if group != "training" and weights != HOST:
                 token_times(model, make_inputs(model, 20480), 4)
         tokens = tokens or longest(model.config, weights, card)
         gc.collect()
