@@ -12,7 +12,7 @@ import urllib.request
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 from transformers.utils import logging
 
@@ -116,6 +116,8 @@ def open_picture(source) -> Image.Image:
         raise ValueError(f"The image {name} is too large: {error} Scale it down first.") from None
     except Exception as error:  # whatever a damaged file, a server or its address makes them raise
         reason = str(error) if len(str(error)) < 300 else type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # it would name the bytes by their address
+            reason = "it is damaged, or of no format that Pillow reads"
         raise ValueError(
             f"{name} cannot be read as an image ({reason}): give a picture, or a video as a video."
         ) from error
