@@ -2,14 +2,13 @@
 
     pip install kernels
     python tools/package_kernels.py out/gated-nsa
-    python examples/gated_nsa.py out/gated-nsa
+    python examples/gated_nsa.py
 
 Every sample is random symbols, said twice. What comes next in the second half stands 31 tokens
 back, outside the window, so the other branches have to find it. Takes seconds on a CPU; on a GPU
 it runs through Triton.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -64,4 +63,4 @@ if __name__ == "__main__":
     from kernels import get_local_kernel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    train(get_local_kernel(Path(sys.argv[1])), device)
+    train(get_local_kernel(Path("out/gated-nsa")), device)

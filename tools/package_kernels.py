@@ -2,7 +2,7 @@
 
     pip install kernels
     python tools/package_kernels.py out/gated-nsa
-    python examples/gated_nsa.py out/gated-nsa
+    python examples/gated_nsa.py
 
 Writes a kernel repository without what is compiled beforehand ("noarch"): a build for CUDA and one
 for the CPU, of the same files, because Triton compiles them where they run. They are nsa_kernels.py
