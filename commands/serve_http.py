@@ -18,6 +18,7 @@ from contextlib import aclosing
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from commands.serve_answers import Answer, Answerer
 from commands.serve_requests import ChatRequest, read_request
@@ -69,7 +70,7 @@ class Server:
                 events = self.events(asked, first, items)
                 return StreamingResponse(events, media_type="text/event-stream")
             *pieces, answer = [first, *[item async for item in items]]
-        except Gone:
+        except (Gone, ClientDisconnect):
             return Response(status_code=499)  # which nobody reads
         except (ValueError, OSError) as error:
             return failure(400, str(error))
@@ -103,6 +104,7 @@ class Server:
         async def watch():
             while (await request.receive())["type"] != "http.disconnect":
                 pass
+            gone.set()
             items.put_nowait(Gone())
 
         watching = asyncio.create_task(watch())

@@ -8,6 +8,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -455,6 +456,15 @@ def test_an_answer_ends_at_the_next_word_when_its_client_has_gone(led, stream):
     led.answerer.words.put(None)
     assert answer_of(post(led.client, TEXT, user="third"))[0] == ""
     assert led.answerer.begun == ["first", "third"]
+
+
+def test_a_client_that_goes_while_it_sends_is_no_fault(led, caplog):
+    host, port = led.client.base_url.host, led.client.base_url.port
+    with socket.create_connection((host, port)) as own:
+        own.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        eventually(lambda: led.server.unanswered == 1)
+    eventually(lambda: led.server.unanswered == 0)
+    assert not caplog.records and not led.answerer.begun
 
 
 def test_an_error_after_the_first_word_is_the_last_event(led):
