@@ -38,6 +38,7 @@ def run(out, *arguments):
         ("order", "In which order do the colours appear?", "red, orange"),
         ("digit", "Which digit flashes?", "7"),
         ("when", "When does a digit flash?", "at 2 s"),
+        ("starts", "When does each shape appear?", "at 0 s, at 1 s"),
     ],
 )
 def test_questions_about_the_whole_clip(kind, question, answer):
@@ -101,6 +102,13 @@ def test_questions_about_the_whole_clip(kind, question, answer):
                 "Describe the orange shape.": "An orange square moves up.",
             },
         ),
+        (
+            "each_of",
+            {
+                "What colour is each shape?": "The circle red, the square orange.",
+                "Which way does each shape move?": "The circle right, the square up.",
+            },
+        ),
     ],
 )
 def test_questions_about_a_part_of_the_clip(kind, pairs):
@@ -140,7 +148,8 @@ def test_a_form_that_two_shapes_have_names_neither():
     asked = [make_clips.ask(rng, story, kind) for kind in make_clips.BINDING_KINDS * 40]
     assert ("What colour is the circle?", "red") in asked
     assert ("What is the blue shape?", "square") in asked
-    assert not any("the square" in question for question, _ in asked)
+    assert not any("the square" in question for question, _ in filter(None, asked))
+    assert make_clips.ask(rng, story, "each_of") is None
     story = Story(4, twice[1:], None, STORY.background, 0.0)
     assert make_clips.ask(rng, story, "colour_of") is None
 

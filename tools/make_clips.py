@@ -49,10 +49,12 @@ KINDS = (
     "when",
 )
 # One attribute is looked up by another, in clips of several shapes.
-BINDING_KINDS = ("colour_of", "shape_of", "direction_of", "describe_of")
+BINDING_KINDS = ("colour_of", "shape_of", "direction_of", "describe_of", "each_of")
+# Seconds are told of every shape.
+TIME_KINDS = ("starts",)
 # What no clip answers.
 UNKNOWN_KINDS = ("unknown",)
-TRAINED_KINDS = KINDS + BINDING_KINDS + UNKNOWN_KINDS
+TRAINED_KINDS = KINDS + BINDING_KINDS + TIME_KINDS + UNKNOWN_KINDS
 # Never in the checkpoint's training: a new kind of question for whoever tries fine-tuning.
 NEW_KINDS = ("origin",)
 # Nor this one, of the example with timestamps (docs/examples/events.md).
@@ -226,6 +228,9 @@ def ask(rng: random.Random, story: Story, kind: str) -> tuple[str, str] | None:
         flash = story.flash
         answer = f"from {flash.start} s to {flash.end} s" if flash else "never"
         return "From when to when does a digit flash?", answer
+    if kind == "starts":
+        told = ", ".join(f"at {scene.start} s" for scene in scenes)
+        return "When does each shape appear?", told
     if kind in BINDING_KINDS:
         return _ask_by_attribute(rng, scenes, kind)
     if kind == "unknown":
@@ -239,6 +244,15 @@ def _ask_by_attribute(rng, scenes, kind):
     if len(scenes) == 1:
         return None
     forms = [scene.shape for scene in scenes]
+    if kind == "each_of":
+        if len(set(forms)) < len(forms):
+            return None
+        by_name = sorted(scenes, key=lambda scene: scene.shape)
+        if rng.random() < 0.5:
+            told = (f"the {scene.shape} {scene.direction}" for scene in by_name)
+            return "Which way does each shape move?", _as_sentence(told)
+        told = (f"the {scene.shape} {scene.colour}" for scene in by_name)
+        return "What colour is each shape?", _as_sentence(told)
     by_form = [scene for scene in scenes if forms.count(scene.shape) == 1]
     if kind == "colour_of":
         scene = rng.choice(by_form) if by_form else None
@@ -252,6 +266,11 @@ def _ask_by_attribute(rng, scenes, kind):
     if kind == "describe_of":
         return f"Describe the {name}.", _sentence(scene)
     return f"Which way does the {name} move?", scene.direction
+
+
+def _as_sentence(parts):
+    text = ", ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _sentence(scene):
