@@ -58,7 +58,7 @@ def engine(checkpoint):
 
     @contextlib.contextmanager
     def start(**options):
-        llm = LLM(checkpoint, **OPTIONS | options)
+        llm = LLM(**{"model": checkpoint} | OPTIONS | options)
         try:
             yield llm
         finally:

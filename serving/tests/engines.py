@@ -45,11 +45,11 @@ class Reference:
         ids = self.model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
         return self.processor.decode(ids, skip_special_tokens=True)
 
-    def check(self, output, messages, **settings):
+    def check(self, output, messages, tolerance=TOLERANCE, **settings):
         """The prompt of an engine's output, its greedy tokens and their log-probabilities."""
-        self.check_inputs(output, self.prompt(messages, **settings))
+        self.check_inputs(output, self.prompt(messages, **settings), tolerance)
 
-    def check_inputs(self, output, inputs):
+    def check_inputs(self, output, inputs, tolerance=TOLERANCE):
         prompt = inputs["input_ids"][0].tolist()
         assert output.prompt_token_ids == prompt
         answer = output.outputs[0]
@@ -62,16 +62,17 @@ class Reference:
         inputs["mm_token_type_ids"] = kinds
         with torch.no_grad():
             logits = self.model(**inputs).logits[0, len(prompt) - 1 :].log_softmax(-1)
-        assert list(answer.token_ids) == logits.argmax(-1).tolist()
+        expected = logits[torch.arange(len(logits)), torch.tensor(answer.token_ids)]
+        # No token is likelier, but for what the engine's dtype cannot tell from it.
+        assert (logits.max(-1).values - expected).max() <= 2 * tolerance
         given = [
             step[token].logprob
             for step, token in zip(answer.logprobs, answer.token_ids, strict=True)
         ]
-        expected = logits[torch.arange(len(given)), torch.tensor(answer.token_ids)]
         worst = (torch.tensor(given, dtype=torch.float64) - expected).abs().max().item()
         name = os.environ["PYTEST_CURRENT_TEST"].partition("::")[2].removesuffix(" (call)")
         worst_of[name] = max(worst, worst_of.get(name, 0.0))
-        assert worst < TOLERANCE
+        assert worst < tolerance
 
 
 def greedy(tokens=6):

@@ -1,5 +1,7 @@
 """What is not served is refused at the start, by name, before anything is loaded."""
 
+import os
+
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
@@ -22,6 +24,7 @@ REFUSED = {
     "video pruning": {"video_pruning_rate": 0.5},
     "kv_cache_dtype fp8": {"kv_cache_dtype": "fp8"},
     "dtype bfloat16 on a CPU: start with --dtype float32": {"dtype": "bfloat16"},
+    "cudagraph_mode FULL: use PIECEWISE": {"compilation_config": {"cudagraph_mode": "FULL"}},
     "nsa_semantics 'released'": {
         "hf_overrides": {"text_config": {"nsa_semantics": "released"}},
     },
@@ -30,6 +33,12 @@ REFUSED = {
 
 def configure(checkpoint, **options):
     return EngineArgs(checkpoint, **OPTIONS | options).create_engine_config()
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """What a configuration sets for its process is not there for the next one."""
+    monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH", raising=False)
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -45,11 +54,19 @@ def test_the_old_model_runner_is_refused(checkpoint, monkeypatch):
         configure(checkpoint)
 
 
+def test_compiled_layers_are_refused(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
+    with pytest.raises(ValueError, match="BREAKABLE_CUDAGRAPH 0: unset it, or start with --enf"):
+        configure(checkpoint, enforce_eager=False)
+    configure(checkpoint)
+
+
 def test_all_reasons_are_said_at_once(checkpoint):
     with pytest.raises(ValueError, match="pipeline_parallel_size 2.*; nor with LoRA"):
         configure(checkpoint, pipeline_parallel_size=2, enable_lora=True)
 
 
 def test_what_is_served_is_configured(checkpoint):
-    config = configure(checkpoint, tensor_parallel_size=2)
+    config = configure(checkpoint, tensor_parallel_size=2, enforce_eager=False)
     assert config.use_v2_model_runner
+    assert os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] == "1"

@@ -11,6 +11,8 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+IN_PIECES = "VLLM_USE_BREAKABLE_CUDAGRAPH"
+
 
 class VideoNSAConfigCheck(VerifyAndUpdateConfig):
     """Refuses what is not served, and chooses the attention and CUDA graphs that are."""
@@ -20,10 +22,9 @@ class VideoNSAConfigCheck(VerifyAndUpdateConfig):
         if reasons := list(refusals(vllm_config)):
             raise ValueError(f"VideoNSA is not served with {'; nor with '.join(reasons)}.")
         # Graphs in pieces, with the attention of each layer between them (`attend` in model.py).
-        os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
-        graphs = vllm_config.compilation_config
-        if graphs.cudagraph_mode != CUDAGraphMode.NONE:
-            graphs.cudagraph_mode = CUDAGraphMode.PIECEWISE
+        os.environ.setdefault(IN_PIECES, "1")
+        if vllm_config.compilation_config.cudagraph_mode is None:
+            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
         if current_platform.is_cuda():
             vllm_config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
 
@@ -55,6 +56,11 @@ def refusals(vllm_config):
     cache, dtype = vllm_config.cache_config.cache_dtype, str(model.dtype).removeprefix("torch.")
     if cache not in ("auto", dtype):
         yield f"kv_cache_dtype {cache}: leave it out, keys and values stay in {dtype}"
+    graphs = vllm_config.compilation_config.cudagraph_mode
+    if graphs is not None and graphs.has_full_cudagraphs():
+        yield f"cudagraph_mode {graphs.name}: use PIECEWISE or NONE"
+    if os.environ.get(IN_PIECES, "1") != "1" and not model.enforce_eager:
+        yield f"{IN_PIECES} {os.environ[IN_PIECES]}: unset it, or start with --enforce-eager"
     if not vllm_config.use_v2_model_runner:
         yield "vLLM's old model runner: unset VLLM_USE_V2_MODEL_RUNNER"
     if text.nsa_semantics != "paper":
