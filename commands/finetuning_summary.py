@@ -22,6 +22,7 @@ from commands.forecast import count_quantized
 from commands.quantized_loading import bits_of, bytes_per_weight
 
 MEASURED = 200  # conversations that a run measures before it starts
+COUNTED = ("tokens", "labels")  # of a conversation
 
 
 class Measured(Dataset):
@@ -102,7 +103,7 @@ def measure(data, args, at_most):
 
 
 def forecast_memory(config, model_args, args, longest):
-    """Prints parameters by part and an estimate of one device's memory, nothing being sharded."""
+    """Prints parameters by part and an estimate of one device's memory."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
         model = choose_trained(model, model_args, args)
@@ -113,24 +114,37 @@ def forecast_memory(config, model_args, args, longest):
         every[part_of(name)] += parameter.numel()
         trained[part_of(name)] += parameter.numel() * parameter.requires_grad
     print("Trained: " + ", ".join(f"{trained[p]:,} of {every[p]:,} in {p}" for p in PARTS))
-    text, width = config.text_config, run_dtype(args).itemsize
-    tokens = longest["tokens"] * args.per_device_train_batch_size
+    width = run_dtype(args).itemsize
     # A trained weight: itself, its gradient and AdamW's two moments, in float32.
     weights = 16 * trained.total() + width * (every.total() - trained.total())
     if model_args.load_in:
         each = bytes_per_weight(bits_of(model_args.load_in), width)
         weights -= (width - each) * count_quantized(config)
-    layer = tokens * width * (4 * text.intermediate_size + 16 * text.hidden_size) * 1.4
-    if args.gradient_checkpointing:
-        layer += tokens * width * text.hidden_size * text.num_hidden_layers
-    else:
-        layer *= text.num_hidden_layers
-    logits = 10 * longest["labels"] * args.per_device_train_batch_size * text.vocab_size
+    shards = args.world_size if args.fsdp or args.deepspeed else 1
+    tokens, labels = (longest[name] * args.per_device_train_batch_size for name in COUNTED)
+    layers = activations(config.text_config, args, tokens / args.sequence_parallel_size)
+    logits = 10 * labels * config.text_config.vocab_size
+    gib = [size / 2**30 for size in (weights / shards, layers, logits)]
+    processes = f" of one of {args.world_size} processes" if args.world_size > 1 else ""
+    in_shards = f" in {shards} shards" if shards > 1 else ""
     print(
-        f"Memory for batches of the longest conversation, an estimate without sharding: "
-        f"{(weights + layer + logits) / 2**30:.2f} GiB (weights and optimizer "
-        f"{weights / 2**30:.2f}, activations {layer / 2**30:.2f}, logits {logits / 2**30:.2f})"
+        f"Memory{processes} for batches of the longest conversation, an estimate: {sum(gib):.2f} "
+        f"GiB (weights and optimizer{in_shards} {gib[0]:.2f}, activations {gib[1]:.2f}, logits "
+        f"{gib[2]:.2f})"
     )
+
+
+def activations(text, args, tokens):
+    """Bytes of the language model's activations for the tokens that one process has.
+
+    text: its configuration.
+    """
+    width = run_dtype(args).itemsize
+    layer = tokens * width * (4 * text.intermediate_size + 16 * text.hidden_size) * 1.4
+    checkpointed = (args.fsdp_config or {}).get("activation_checkpointing")
+    if args.gradient_checkpointing or checkpointed:
+        return layer + tokens * width * text.hidden_size * text.num_hidden_layers
+    return layer * text.num_hidden_layers
 
 
 def print_next_steps(args, scores: dict):

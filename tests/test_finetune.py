@@ -29,7 +29,7 @@ from commands.finetuning_model import part_of
 from commands.finetuning_rows import LAYOUTS
 from commands.finetuning_saving import whole_checkpoints
 from commands.finetuning_sharding import group_of
-from commands.finetuning_summary import summarize
+from commands.finetuning_summary import forecast_memory, summarize
 from finetuning import (
     ROW,
     TEXT_ROW,
@@ -420,6 +420,28 @@ def test_parallelism_that_accelerate_was_told_of_elsewhere_is_refused():
 
 
 # The command.
+
+
+def test_memory_is_that_of_one_of_several_processes(folder, tmp_path, monkeypatch, capsys):
+    """Weights in shards, tokens of a conversation shared out, layers checkpointed by FSDP."""
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    gib = {}
+    for name, processes, settings in (
+        ("one", 1, {"gradient_checkpointing": True}),
+        ("sharded", 4, sharded()),
+        ("shared", 4, sharded(activation_checkpointing=True) | {"sequence_parallel_size": 2}),
+    ):
+        count = property(lambda args, processes=processes: processes)
+        monkeypatch.setattr(TrainingArguments, "world_size", count)
+        argv = flags(folder / "clips.jsonl", tmp_path, **settings)
+        model_args, _, args = finetune.parse(argv)
+        forecast_memory(config, model_args, args, {"tokens": 2**20, "labels": 8})
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert ("of one of 4 processes" in line and "in 4 shards" in line) == (processes == 4)
+        gib[name] = [float(one) for one in re.findall(r"(?:izer|shards|tions) ([\d.]+)", line)]
+    assert gib["sharded"][0] == pytest.approx(gib["one"][0] / 4, abs=0.006)
+    assert gib["shared"][1] == pytest.approx(gib["one"][1] / 2, abs=0.006)
+    assert gib["sharded"][1] > 2 * gib["one"][1]  # nothing is checkpointed
 
 
 def test_a_dry_run_measures_and_trains_nothing(folder, tmp_path, capsys):
