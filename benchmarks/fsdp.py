@@ -46,7 +46,8 @@ def main():
     model = args.model or args.out / "model"
     if not (model / "config.json").exists():
         make_model(model, args)
-    data = make_data(args.out, args.tokens)
+    lengths = [0 if n % 5 == 4 else args.tokens // (1 + n % 2) for n in range(20)]
+    data = make_data(args.out, lengths)
     middle = args.steps // 2
     flags = [
         *("--model_name_or_path", model, "--data", data, "--max_steps", args.steps),
@@ -96,8 +97,8 @@ def make_model(folder, args):
     AutoProcessor.from_pretrained(ROOT, trust_remote_code=True).save_pretrained(folder)
 
 
-def make_data(out, tokens):
-    """Conversations about frames of noise; every fifth is text alone."""
+def make_data(out, lengths):
+    """Conversations about frames of noise, of so many tokens each; 0: of text alone."""
     (out / "frames").mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     names = [f"frames/{number:02d}.png" for number in range(16)]
@@ -105,11 +106,10 @@ def make_data(out, tokens):
         pixels = torch.randint(256, (SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(out / name)
     rows = []
-    for number in range(20):
-        frames = 2 * (tokens // TOKENS) // (1 + number % 2)
+    for number, tokens in enumerate(lengths):
         question = {"role": "user", "content": f"<video>What is in video {number}?"}
-        row = {"videos": [[names[i % len(names)] for i in range(frames)]]}
-        if number % 5 == 4:
+        row = {"videos": [[names[i % len(names)] for i in range(2 * (tokens // TOKENS))]]}
+        if not tokens:
             question, row = {"role": "user", "content": "What is noise?"}, {}
         rows.append(row | {"messages": [question, {"role": "assistant", "content": "Noise."}]})
     path = out / "data.jsonl"

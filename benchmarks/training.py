@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from PIL import Image
+from fsdp import make_data
 from prefill import make_config
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
@@ -35,8 +35,6 @@ from videonsa.configuration_videonsa import VideoNSAConfig  # noqa: E402
 import finetune  # noqa: E402
 from commands.checkpoint_files import copy_code  # noqa: E402
 from commands.finetuning_model import choose_trained, run_dtype  # noqa: E402
-
-SIDE, TOKENS = 224, 64  # pixels a side of a frame, tokens of two frames
 
 
 def main():
@@ -54,7 +52,8 @@ def main():
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     if dist.get_rank() == 0:
         make_checkpoint(args.out / "model", args.layers)
-        make_data(args.out, args.tokens, args.steps * dist.get_world_size())
+        count = args.steps * dist.get_world_size()
+        make_data(args.out, [0 if n == 1 else args.tokens for n in range(count)])
     dist.barrier()
     finetune.load_model, finetune.summarize = make_model, lambda *args, **kwargs: None
     for recipe in args.recipes:
@@ -130,25 +129,6 @@ def make_model(model_args, args):
             config, trust_remote_code=True, dtype=run_dtype(args)
         )
     return choose_trained(model, model_args, args)
-
-
-def make_data(out, tokens, count):
-    """Conversations about frames of noise; the second one is text alone."""
-    (out / "frames").mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    names = [f"frames/{number:02d}.png" for number in range(16)]
-    for name in names:
-        pixels = torch.randint(256, (SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(out / name)
-    rows = []
-    for number in range(count):
-        question = {"role": "user", "content": f"<video>What is in video {number}?"}
-        row = {"videos": [[names[i % len(names)] for i in range(2 * (tokens // TOKENS))]]}
-        if number == 1:
-            question, row = {"role": "user", "content": "What is noise?"}, {}
-        rows.append(row | {"messages": [question, {"role": "assistant", "content": "Noise."}]})
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (out / "data.jsonl").write_text(text)
 
 
 if __name__ == "__main__":
