@@ -241,7 +241,7 @@ def put_layers_in_host(model):
     """As `from_pretrained` does with a device_map that has "cpu" for the layers."""
     places = {name: 0 for name, _ in model.model.language_model.named_children()}
     places = {f"model.language_model.{name}": 0 for name in places if name != "layers"}
-    count = len(model.model.language_model.layers)
+    count = len(model.model.language_model.layers.to("cpu"))  # or dispatch_model keeps both
     places |= {f"model.language_model.layers.{index}": "cpu" for index in range(count)}
     return dispatch_model(model, {"model.visual": 0, "lm_head": 0, **places}, main_device=0)
 
