@@ -6,6 +6,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from engines import OPTIONS
+from videonsa_serving.checkpoint import code_of_checkpoint
 
 KV_CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 REFUSED = {
@@ -20,6 +21,11 @@ REFUSED = {
     "speculative decoding": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}
     },
+    "an encoder connector": {
+        "ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}
+    },
+    "embeddings as input": {"enable_mm_embeds": True},
+    "embeddings as input (enable_prompt_embeds": {"enable_prompt_embeds": True},
     "LoRA adapters": {"enable_lora": True},
     "video pruning": {"video_pruning_rate": 0.5},
     "kv_cache_dtype fp8": {"kv_cache_dtype": "fp8"},
@@ -59,6 +65,12 @@ def test_compiled_layers_are_refused(checkpoint, monkeypatch):
     with pytest.raises(ValueError, match="BREAKABLE_CUDAGRAPH 0: unset it, or start with --enf"):
         configure(checkpoint, enforce_eager=False)
     configure(checkpoint)
+
+
+def test_a_checkpoint_with_older_code_is_refused_by_what_it_lacks(checkpoint):
+    model_config = configure(checkpoint).model_config
+    with pytest.raises(ValueError, match="has no nsa_rules.rules_to_come.* take a newer revision"):
+        code_of_checkpoint(model_config, "nsa_rules.rules_to_come")
 
 
 def test_all_reasons_are_said_at_once(checkpoint):

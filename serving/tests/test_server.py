@@ -94,6 +94,7 @@ REFUSED = {
     "timestamps cannot be": (ask("circle.mp4"), {"mm_processor_kwargs": {"timestamps": True}}),
     "as mm_processor_kwargs": (ask("circle.mp4"), {"media_io_kwargs": {"video": {"fps": 1}}}),
     "give one of them": (ask("circle.mp4"), {"mm_processor_kwargs": {"fps": 1, "num_frames": 4}}),
+    "take it out of the text": (ask("circle.mp4", "What is <|video_pad|>?"), {}),
     "cannot identify image file": (ask("data:image/png;base64,bm90IGEgcGljdHVyZQ==", COLOUR), {}),
 }
 

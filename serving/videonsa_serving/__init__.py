@@ -7,6 +7,7 @@ vLLM calls `register`, its entry point, in every process. Where what is:
 - state.py: which tokens of a request are vision, and what a step of the engine attends to.
 - step.py: that step's rows and keys, laid out; pages.py: where the cache has those keys.
 - backends.py: vLLM's own attention for the other rows, and where its cache keeps keys and values.
+- checkpoint.py: the checkpoint's own code, which it calls.
 - model.py: vLLM's Qwen2.5-VL with gates, and the checkpoint's sparse attention for vision rows.
 """
 

@@ -21,6 +21,8 @@ from vllm.multimodal.processing import BaseMultiModalProcessor
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 from vllm.transformers_utils.processor import cached_get_processor
 
+from .checkpoint import code_of_checkpoint
+
 # vLLM's own word for "nothing was asked": its default, and what asks for all frames.
 UNASKED_FRAMES = (32, -1)
 # Pixels that come while the model reads, and text between the steps of a video.
@@ -119,6 +121,18 @@ class VideoNSAMediaProcessor(Qwen2_5_VLMultiModalProcessor):
             if name in outputs:
                 outputs[name] = outputs[name].to(self.info.ctx.model_config.dtype)
         return outputs
+
+    def _maybe_apply_prompt_updates(self, mm_items, mm_res):
+        """A prompt has as many placeholders as media, or somebody has typed one."""
+        processor, model = self.info.get_hf_processor(), self.info.ctx.model_config
+        check = code_of_checkpoint(model, "placeholders_videonsa.check_placeholders")
+        text, counts = (
+            self.info.get_tokenizer().decode(mm_res.prompt_ids),
+            mm_items.get_all_counts(),
+        )
+        for kind in ("image", "video"):
+            check(text, getattr(processor, f"{kind}_token"), kind, counts.get(kind, 0))
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res)
 
     def _get_mm_hashes(self, inputs):
         """Of what the media are, not of the names that a request gives them (`uuid`).

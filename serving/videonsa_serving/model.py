@@ -5,9 +5,10 @@ vision rows are the checkpoint's code: its reference on a CPU, its Triton kernel
 a layer and step serves the vision rows of all requests.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
@@ -18,6 +19,7 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGenera
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from .backends import BACKENDS, SparseMetadata
+from .checkpoint import code_of_checkpoint
 from .media import VideoNSADummyInputs, VideoNSAMediaProcessor, VideoNSAProcessingInfo
 from .pages import read_tokens
 from .state import VideoNSAState
@@ -34,7 +36,7 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         for layer in self.language_model.model.layers:
             layer.self_attn = GatedAttention(layer.self_attn, vllm_config)
-        self.rope_index = code_of_checkpoint(vllm_config, "positions_videonsa.rope_index")
+        self.rope_index = code_of_checkpoint(self.model_config, "positions_videonsa.rope_index")
 
     @staticmethod
     def get_model_state_cls() -> type[VideoNSAState]:
@@ -43,13 +45,14 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     def get_mrope_input_positions(self, input_tokens, mm_features):
         """The checkpoint's `rope_index`: int64 [3, tokens], and how far text goes on from there."""
         ids = torch.full((1, len(input_tokens)), -1)  # text, whatever tokens an answer repeats
-        grids = {"image": [], "video": []}
+        grids, seconds = {"image": [], "video": []}, []
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
             kind = feature.modality
             own = torch.from_numpy(vision_mask(len(input_tokens), [feature], [kind]))
             ids[0, own] = getattr(self.config, f"{kind}_token_id")
             grids[kind].append(feature.data[f"{kind}_grid_thw"].data)
-        seconds = [f.data["second_per_grid_ts"].data for f in mm_features if f.modality == "video"]
+            if kind == "video":
+                seconds.append(feature.data["second_per_grid_ts"].data)
         positions, delta = self.rope_index(
             self.config,
             ids,
@@ -79,11 +82,10 @@ class GatedAttention(nn.Module):
         self.g_proj_2 = ColumnParallelLinear(
             hidden, 3 * stock.total_num_heads, prefix=f"{name}.g_proj_2"
         )
-        self.gate_weights = code_of_checkpoint(vllm_config, "nsa_rules.gate_weights")
-        self.settings = code_of_checkpoint(vllm_config, "attention_videonsa.branch_settings")(
-            self.config
-        )
-        self.functions = code_of_checkpoint(vllm_config, "attention_videonsa.attention_functions")(
+        code = partial(code_of_checkpoint, vllm_config.model_config)
+        self.gate_weights = code("nsa_rules.gate_weights")
+        self.settings = code("attention_videonsa.branch_settings")(self.config)
+        self.functions = code("attention_videonsa.attention_functions")(
             self.config.nsa_backend, vllm_config.device_config.device
         )
 
@@ -158,12 +160,4 @@ def over_backend(stock: Attention, vllm_config: VllmConfig) -> Attention:
         cache_config=vllm_config.cache_config,
         prefix=stock.layer_name,
         attn_backend=BACKENDS[name],
-    )
-
-
-def code_of_checkpoint(vllm_config: VllmConfig, name: str):
-    """What `name`, as module.attribute, is in the checkpoint's own code."""
-    model = vllm_config.model_config
-    return get_class_from_dynamic_module(
-        name, model.model, revision=model.revision, code_revision=model.code_revision
     )

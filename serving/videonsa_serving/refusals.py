@@ -47,6 +47,10 @@ def refusals(vllm_config):
         )
     if vllm_config.kv_transfer_config is not None:
         yield "a KV connector (kv_transfer_config): leave it out"
+    if vllm_config.ec_transfer_config is not None:
+        yield "an encoder connector (ec_transfer_config): leave it out"
+    if model.enable_prompt_embeds or model.multimodal_config.enable_mm_embeds:
+        yield "embeddings as input (enable_prompt_embeds, enable_mm_embeds): leave them out"
     if vllm_config.speculative_config is not None:
         yield "speculative decoding (speculative_config): leave it out"
     if vllm_config.lora_config is not None:
