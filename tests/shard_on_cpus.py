@@ -1,4 +1,4 @@
-"""Calls of a model shared out over 2 and over 3 processes, compared with the same of one process.
+"""Calls of a model shared out over 2 to 4 processes, compared with the same of one process.
 
     python tests/shard_on_cpus.py [NAME ...]
     python tests/shard_on_cpus.py --device cuda [NAME ...]
@@ -30,7 +30,9 @@ from commands.finetuning_data import PIXELS  # noqa: E402
 from commands.finetuning_sharding import check_equal_batches  # noqa: E402
 from tiny import VIDEO, Prompts, make_model  # noqa: E402
 
-SIZES = {"cpu": (2, 3), "cuda": (2,)}
+SIZES = {"cpu": (2, 3, 4), "cuda": (2,)}
+# What four processes run; fewer run all.
+CASES_OF_FOUR = "one_video padded_rows fewer_tokens_than_processes packed_samples an_answer"
 MODELS = {
     "cpu": {"dtype": torch.float64},
     "cuda": {"dtype": torch.float32, "head_dim": 16, "nsa_block_size": 8, "nsa_window_size": 12},
@@ -303,7 +305,8 @@ def main():
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for size in SIZES[args.device]:
-            arguments = (size, folder, args.device, args.names)
+            names = [n for n in args.names if size < 4 or n in CASES_OF_FOUR.split()]
+            arguments = (size, folder, args.device, names)
             ranks = [context.Process(target=run, args=(rank, *arguments)) for rank in range(size)]
             for process in ranks:
                 process.start()
