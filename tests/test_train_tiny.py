@@ -145,7 +145,8 @@ def test_one_command_trains_measures_and_writes_and_gives_its_tower_to_another(t
     assert {name for name in one if name.startswith("model.visual.")} <= same
     assert "model.language_model.embed_tokens.weight" not in same
     # It loads like any checkpoint.
-    train_tiny.load(tmp_path / "two", CPU)
+    config = train_tiny.load(tmp_path / "two", CPU).config
+    assert config.text_config.rope_parameters["mrope_section"] == [4, 2, 2]
 
 
 def test_a_stage_that_runs_out_of_minutes_has_come_to_its_end():

@@ -251,8 +251,8 @@ def write_json(path: Path, content: dict):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_checkpoint(out: Path, seed: int):
-    """Write every file of the untrained checkpoint into the folder `out`."""
+def write_checkpoint(out: Path, seed: int, config: dict = CONFIG):
+    """Write every file of the untrained checkpoint into the folder `out`; config: like CONFIG."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     tokenizer.save(str(out / "tokenizer.json"))
@@ -275,9 +275,9 @@ def write_checkpoint(out: Path, seed: int):
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
     ids = {name: tokenizer.token_to_id(token) for name, token in TOKEN_IDS.items()}
-    config = {**CONFIG, **ids}
+    config = {**config, **ids}
     config["text_config"] = {
-        **CONFIG["text_config"],
+        **config["text_config"],
         "eos_token_id": ids["eos_token_id"],
         "pad_token_id": ids["pad_token_id"],
     }
