@@ -1,10 +1,13 @@
 """The OpenAI server as `vllm serve` starts it: answers, streams, errors, whose pixels are whose."""
 
+import functools
+import http.server
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +72,17 @@ def test_a_file_and_its_bytes_are_answered_alike(client, reference_of_trained, n
 def test_the_bundled_clip_is_answered_right(client):
     response = complete(client, ask("circle.mp4", COLOUR))
     assert (text_of(response), response.usage.prompt_tokens) == ("red", 155)
+
+
+def test_a_file_is_fetched_from_its_address(client):
+    folder = functools.partial(http.server.SimpleHTTPRequestHandler, directory=CLIPS)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), folder) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{files.server_port}/circle.mp4"
+        part = {"type": "video_url", "video_url": {"url": address}}
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": COLOUR}]}]
+        assert text_of(complete(client, messages)) == "red"
+        files.shutdown()
 
 
 def test_an_answer_comes_as_a_stream(client):
