@@ -98,6 +98,12 @@ def test_labels_are_the_answers_and_their_ends():
     assert max(answer.turn for answer in batch["answers"]) >= 2
 
 
+def test_a_second_clip_comes_after_any_number_of_questions():
+    answers = batch_of((2, 2), rows=24)["answers"]
+    before = [max(x.turn for x in answers if x.row == row and x.clip == 0) for row in range(24)]
+    assert {0, 1, 2, 3} <= set(before)
+
+
 def test_patches_are_the_processors(processor):
     frames = np.random.default_rng(0).integers(0, 256, (6, 112, 112, 3), dtype=np.uint8)
     wanted = processor.video_processor(

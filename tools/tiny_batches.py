@@ -92,14 +92,14 @@ def next_question(rng, story, asked):
             return kind, *pair
 
 
-def turns(words, rng, story, turn_room=TURN_ROOM):
-    """Questions and answers about a story, one after the other, as far as `turn_room` goes.
+def turns(words, rng, story, most, turn_room):
+    """At most `most` questions and answers about a story, as far as `turn_room` tokens go.
 
     Returns their ids, without what closes the last answer's line, and (kind, start, end) of each
     answer with the token that ends it.
     """
     ids, answers, asked = [], [], set()
-    while True:
+    while len(answers) != most:
         kind, question, answer = next_question(rng, story, asked)
         opening = words.ids("\n" + QUESTION_START) if ids else []
         prompt = [*opening, *words.ids(question + ANSWER_START)]
@@ -112,16 +112,21 @@ def turns(words, rng, story, turn_room=TURN_ROOM):
         ids += [*prompt, *answered]
         answers.append((kind, start, start + len(answered)))
         asked.add(kind)
+    return ids, answers
 
 
 def conversation(words, rng, stories):
     """Token ids of one row, and its answers as (kind, turn, clip, start, end)."""
-    ids, answers = [*words.ids(SYSTEM_TURN)], []
+    ids, answers, room = [*words.ids(SYSTEM_TURN)], [], len(stories) * TURN_ROOM
     for clip, story in enumerate(stories):
         opening = words.ids("\n" + QUESTION_START) if clip else words.ids(QUESTION_START)
         ids += [*opening, *words.ids("<|vision_start|>")]
         ids += [words.video] * (story.seconds * TOKENS) + words.ids("<|vision_end|>")
-        asked, found = turns(words, rng, story)
+        # Before another clip any number, so that it comes anywhere. A story has 12 kinds at least.
+        later = len(stories) - 1 - clip
+        most = rng.randint(1, 6) if later else 8
+        asked, found = turns(words, rng, story, most, room - later * TURN_ROOM)
+        room -= len(asked)
         answers += [
             (kind, turn, clip, len(ids) + start, len(ids) + end)
             for turn, (kind, start, end) in enumerate(found)
