@@ -143,9 +143,12 @@ def _allowed(source, kind, media_folder):
     except (OSError, ValueError, RuntimeError):  # a loop of links, a zero byte
         is_below = False
     if not is_below:
-        raise ValueError(f"{name} is not below the folder that this server opens files from")
+        raise ValueError(
+            f"{name} is not below the folder that this server opens files from: send the {kind} "
+            f"itself, as data:{kind}/...;base64,..."
+        )
     if not path.is_file():
-        raise ValueError(f"there is no file {name}")
+        raise ValueError(f"there is no file {name}: check the address")
     return str(path)
 
 

@@ -24,6 +24,7 @@ from commands.model_loading import prepare_model
 from commands.quantized_loading import LOAD_IN, PACKAGES, loading_options, quantization_config
 from convert_checkpoint import convert
 from finetuning import ROW, losses, run, write_rows
+from measure_tiny import answer_all
 from paths import ROOT
 from tiny import Prompts, config_fields, stock_twin
 
@@ -333,14 +334,14 @@ def test_on_a_gpu_the_tiny_checkpoint_answers_in_float8():
     assert same >= 0.95 * len(whole)
 
 
-def answers_about_stories(name, count, device="cuda"):
-    """[(kind, answer, right answer)] of the root checkpoint about clips that it has never seen."""
+def answers_about_stories(name, count):
+    """The root checkpoint's answers about clips that it has never seen."""
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(
         ROOT,
         trust_remote_code=True,
         dtype=torch.bfloat16,
-        device_map=device,
+        device_map="cuda",
         **loading_options(name),
     )
     answers = []
@@ -348,20 +349,8 @@ def answers_about_stories(name, count, device="cuda"):
         rng = random.Random(f"1000/{index}")
         story = make_clips.make_story(rng, 8)
         video = {"type": "video", "video": make_clips.render(story).permute(0, 3, 1, 2), "fps": 2.0}
-        asked = [(kind, make_clips.ask(rng, story, kind)) for kind in make_clips.KINDS]
-        asked = [(kind, *pair) for kind, pair in asked if pair is not None]
-        turns = [[video, {"type": "text", "text": question}] for _, question, _ in asked]
-        inputs = processor.apply_chat_template(
-            [[{"role": "user", "content": turn}] for turn in turns],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(model.device)
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=24)
-        given = processor.batch_decode(
-            tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        answers += [(kind, one, right) for (kind, _, right), one in zip(asked, given, strict=True)]
+        asked = [make_clips.ask(rng, story, kind) for kind in make_clips.KINDS]
+        parts = [[video, {"type": "text", "text": pair[0]}] for pair in asked if pair is not None]
+        conversations = [[{"role": "user", "content": content}] for content in parts]
+        answers += answer_all(model, processor, conversations)
     return answers

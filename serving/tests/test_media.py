@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from conversations import ask
 from engines import greedy
@@ -29,10 +30,7 @@ def test_a_requests_settings_come_before_those_of_the_start(llm, reference):
 
 
 def test_no_video_is_larger_than_what_the_encoder_has_room_for(llm):
-    budget = llm.llm_engine.model_config
-    from vllm.multimodal import MULTIMODAL_REGISTRY
-
-    info = MULTIMODAL_REGISTRY.create_processor(budget).info
+    info = MULTIMODAL_REGISTRY.create_processor(llm.llm_engine.model_config).info
     assert info.get_mm_max_tokens_per_item(2048, {"video": 1, "image": 1})["video"] == 64
     assert info.largest_video(2048, {"video": 1}) == (64, 28)
 
