@@ -91,7 +91,7 @@ class Answerer:
             raise TooLarge(
                 f"the prompt has {prompt:,} tokens, {turn.vision_tokens:,} of them of images and "
                 f"videos, and the answer may have {new_tokens:,}: more than the {most:,} that the "
-                f"model was made for; {FEWER if turn.vision_tokens else 'shorten the text'}"
+                f"model was made for; {fewer(turn)}"
             )
         return new_tokens
 
@@ -114,7 +114,12 @@ def what_would_fit(turn: Turn) -> str:
     line = f"{turn.forecast.describe()}; "
     if fitting is not None and fitting < turn.vision_tokens:
         line += f"{fitting:,} of the {turn.vision_tokens:,} vision tokens would; "
-    return line + FEWER
+    return line + fewer(turn)
+
+
+def fewer(turn: Turn) -> str:
+    """What gives a prompt fewer tokens."""
+    return FEWER if turn.vision_tokens else "shorten the text"
 
 
 def sampling(request: ChatRequest) -> dict:

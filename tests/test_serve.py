@@ -376,6 +376,8 @@ def test_what_memory_does_not_hold_is_refused_with_what_would_fit(client, answer
     message = message_of(post(client, [user(video(inline(SHAPES)), text(LAST))]))
     assert message.startswith("this does not fit: 220 tokens: ")
     assert "of the 128 vision tokens would; " in message and message.endswith("less of a video")
+    message = message_of(post(client, TEXT))
+    assert message.startswith("this does not fit: ") and message.endswith("; shorten the text")
 
 
 # Whose turn it is, with an answerer that the tests lead.
