@@ -46,6 +46,7 @@ from commands.finetuning_saving import (
 )
 from commands.finetuning_summary import print_next_steps, summarize
 from commands.finetuning_trainer import VideoNSATrainer
+from commands.processes import turn_off_multicast
 
 logger = transformers.utils.logging.get_logger("finetune")
 
@@ -60,6 +61,7 @@ def prepare(argv):
 
     Raises ValueError, OSError or ImportError for all that can be known to fail before training.
     """
+    turn_off_multicast()
     model_args, data_args, args = parse(argv)
     refuse_together(model_args, args)
     refuse_evaluation(data_args, args)

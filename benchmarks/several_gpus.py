@@ -24,6 +24,8 @@ import torch.distributed as dist
 import transformers
 from prefill import CLASSES, add_adapters, make_inputs, make_labels, make_model
 
+from commands.processes import turn_off_multicast
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -31,7 +33,7 @@ def main():
     parser.add_argument("--train_sizes", type=int, nargs="*", default=[36864, 131072])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # as ask.py
+    turn_off_multicast()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     timeout = datetime.timedelta(minutes=5)

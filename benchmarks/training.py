@@ -35,6 +35,7 @@ from videonsa.configuration_videonsa import VideoNSAConfig  # noqa: E402
 import finetune  # noqa: E402
 from commands.checkpoint_files import copy_code  # noqa: E402
 from commands.finetuning_model import choose_trained, run_dtype  # noqa: E402
+from commands.processes import turn_off_multicast  # noqa: E402
 
 
 def main():
@@ -45,7 +46,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=36000, help="of a conversation")
     parser.add_argument("--steps", type=int, default=4)
     args, given = parser.parse_known_args()
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # as ask.py
+    turn_off_multicast()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     timeout = datetime.timedelta(minutes=2)

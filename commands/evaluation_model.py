@@ -4,7 +4,6 @@ evaluation_rows.py asks it the questions of a file, evaluation_harness.py those 
 """
 
 import json
-import os
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -97,7 +96,7 @@ class EvaluatedModel:
         default = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         settings = {"dtype": getattr(torch, dtype) if dtype else default}
         settings["device_map"] = device_map or self.device
-        check_device(load_in, self.device.type)
+        check_device(load_in, str(self.device))
         settings |= loading_options(load_in)
         if attn_implementation:
             settings["attn_implementation"] = attn_implementation
@@ -176,7 +175,7 @@ class EvaluatedModel:
         records, waiting, repeats = {}, [], defaultdict(int)
         for index, sample in enumerate(samples):
             self._set_key(sample, repeats)
-            if (known := self.cache.get(sample["key"])) is not None:
+            if (known := self._known(sample["key"])) is not None:
                 records[index] = {**known, "again": True}
                 continue
             inputs = self._encode(sample)
@@ -200,6 +199,15 @@ class EvaluatedModel:
         self.records = gather_object(mine if self.keeps else []) if several else mine
         refuse_all_unreadable(self.records)
         return mine
+
+    def _known(self, key):
+        """The record of this key in the cache, if all processes of the group have it."""
+        known = self.cache.get(key)
+        if self.group is not None:
+            every = [None] * self.group.size()
+            dist.all_gather_object(every, known is not None, group=self.group)
+            known = known if all(every) else None
+        return known
 
     def _set_key(self, sample, repeats):
         """What the sample's answer is kept by: all that could change it, and which time it is."""
@@ -277,7 +285,7 @@ class EvaluatedModel:
 
 def make_accelerator() -> Accelerator:
     """That of the processes that were started, several of them on CPUs where there is no GPU."""
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # as ask.py
+    processes.turn_off_multicast()
     return Accelerator(cpu=processes.count() > 1 and not torch.cuda.is_available())
 
 

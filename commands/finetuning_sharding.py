@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
 
+from commands.processes import check_group_size
+
 
 def parallelism_config(args) -> ParallelismConfig | None:
     """What accelerate is to lay out; None where each process has batches of its own.
@@ -19,23 +21,17 @@ def parallelism_config(args) -> ParallelismConfig | None:
     size, processes = args.sequence_parallel_size, args.world_size
     if size == 1:
         return None
-    said = f"--sequence_parallel_size is {size}"
-    if size < 1:
-        raise ValueError(f"{said}; it counts processes, from 1.")
     if args.deepspeed or not args.fsdp or (args.fsdp_config or {}).get("version") != 2:
         raise ValueError(
-            f"{said}, which needs weights in shards of FSDP2: add --fsdp true and an --fsdp_config "
-            "with version 2, as in examples/recipes/fsdp2.yaml, and leave --deepspeed out."
+            f"--sequence_parallel_size is {size}, which needs weights in shards of FSDP2: add "
+            "--fsdp true and an --fsdp_config with version 2, as in examples/recipes/fsdp2.yaml, "
+            "and leave --deepspeed out."
         )
-    if processes % size:
-        raise ValueError(
-            f"{said}, but {processes} processes run, which are not groups of {size}. Start a "
-            f"multiple of {size} with torchrun --nproc_per_node."
-        )
+    check_group_size(size, processes)
     return ParallelismConfig(dp_shard_size=processes // size, cp_size=size)
 
 
-def group_of(accelerator, size: int) -> "dist.ProcessGroup | None":
+def mesh_group(accelerator, size: int) -> "dist.ProcessGroup | None":
     """The group of this process, None where `size`, which was asked for, is 1.
 
     Raises ValueError where accelerate was told of another parallelism, by its environment.

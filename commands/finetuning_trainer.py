@@ -20,7 +20,7 @@ from commands.finetuning_answers import count_exact, sample_questions
 from commands.finetuning_data import PIXELS, DataReport
 from commands.finetuning_model import PARTS, part_of
 from commands.finetuning_saving import WholeCheckpoints, complete_folder, prepare_folder
-from commands.finetuning_sharding import check_equal_batches, group_of
+from commands.finetuning_sharding import check_equal_batches, mesh_group
 from nsa_rules import BRANCHES
 
 logger = transformers.utils.logging.get_logger("finetune")
@@ -73,7 +73,7 @@ class VideoNSATrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.papers, self.eval_answers = papers, eval_answers
-        self.group = group_of(self.accelerator, self.args.sequence_parallel_size)
+        self.group = mesh_group(self.accelerator, self.args.sequence_parallel_size)
         if self.group is not None:
             self.base.shard_sequences(self.group)
         self.gates = GateMeter(self.base.model.language_model)

@@ -61,13 +61,29 @@ def join(device: str | None) -> str | None:
             )
         device, options["device_id"] = f"cuda:{number}", torch.device("cuda", number)
         torch.cuda.set_device(number)
-        # Multicast over NVLink needs services of the host that a container may not reach.
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        turn_off_multicast()
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=TIMEOUT, **options)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, to the end
         logging.disable_progress_bar()
     return device
+
+
+def turn_off_multicast() -> None:
+    """Keep NCCL from multicast over NVLink, before a group is made, unless the environment says it.
+
+    It needs services of the host that a container may not reach.
+    """
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+
+
+def check_group_size(size: int, there: int) -> None:
+    """Raise ValueError where `there` processes are no whole number of groups of `size`."""
+    if size < 1 or there % size:
+        raise ValueError(
+            f"--sequence_parallel_size is {size}, and {there} processes run, which are not groups "
+            f"of {size}. Start a multiple of {max(size, 2)} with torchrun --nproc_per_node."
+        )
 
 
 def group_of(size: int) -> "dist.ProcessGroup | None":
@@ -77,12 +93,7 @@ def group_of(size: int) -> "dist.ProcessGroup | None":
     """
     if size == 1:
         return None
-    there = dist.get_world_size() if dist.is_initialized() else 1
-    if size < 1 or there % size:
-        raise ValueError(
-            f"--sequence_parallel_size is {size}, and {there} processes run, which are not groups "
-            f"of {size}. Start a multiple of {max(size, 2)} with torchrun --nproc_per_node."
-        )
+    check_group_size(size, dist.get_world_size() if dist.is_initialized() else 1)
     return dist.new_subgroups(size)[0]
 
 

@@ -57,9 +57,12 @@ def quantization_config(name: str):
 
 def check_device(name: str | None, device: str) -> None:
     """Raise ValueError for a device (by its name) that has no products of such weights."""
-    if name in ("int4", "float8-dynamic") and device == "cpu":
+    if name not in ("int4", "float8-dynamic"):
+        return
+    if not device.startswith(("cuda", "auto")):
         raise ValueError(f"--load_in {name} needs a GPU: on a CPU use int8 or 8bit")
-    if name == "float8-dynamic" and torch.cuda.get_device_capability() < FLOAT8_PRODUCTS:
+    number = torch.device(device) if device.startswith("cuda") else None
+    if name == "float8-dynamic" and torch.cuda.get_device_capability(number) < FLOAT8_PRODUCTS:
         raise ValueError(
             f"--load_in {name} needs a GPU of compute capability 8.9 or more, as an H100 or an RTX "
             "4090 is: on this one use float8, whose products are in 16 bits"

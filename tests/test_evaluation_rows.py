@@ -181,14 +181,16 @@ def test_the_harness_is_asked_for_by_tasks_alone(tmp_path):
     assert ask("--help").returncode == 0
 
 
-# The second process cannot read the fourth question's file, which the first one can.
-ONE_CANNOT_READ = """
+# The second process cannot read the fourth question's file, which the first one can; and the first
+# one alone has an answer to the first question in its cache.
+TWO_THAT_DIFFER = """
 import os, sys
 sys.path.insert(0, sys.argv.pop(1))
 import evaluation
+from commands.evaluation_cache import AnswerCache
 from commands.evaluation_model import EvaluatedModel
 
-encode = EvaluatedModel._encode
+asked, encode = [], EvaluatedModel._encode
 
 def encode_but_one(model, sample):
     inputs = encode(model, sample)
@@ -196,7 +198,11 @@ def encode_but_one(model, sample):
         sample["error"] = "the disk is gone"
     return inputs
 
-EvaluatedModel._encode = encode_but_one
+def get(cache, key):
+    asked.append(key)
+    return {"answer": "kept"} if os.environ["RANK"] == "0" and len(asked) == 1 else None
+
+EvaluatedModel._encode, AnswerCache.get = encode_but_one, get
 sys.exit(evaluation.main(sys.argv[1:]))
 """
 
@@ -206,7 +212,7 @@ def test_processes_that_share_questions_out_answer_as_one(tmp_path):
     rows += [asked("Where is it?", "left"), {"video": "gone.mp4", "question": "?", "answer": "no"}]
     data = write_rows(tmp_path / "mine.jsonl", rows)
     script = tmp_path / "evaluation_of_two.py"
-    script.write_text(ONE_CANNOT_READ)
+    script.write_text(TWO_THAT_DIFFER)
     argv = ["--model", ROOT, "--data", data, "--batch_size", 2, "--output_path", tmp_path / "two"]
     done = start(script, [ROOT, *argv, "--sequence_parallel_size", 2], processes=2)
     assert done.returncode == 0, done.stderr[-5000:]

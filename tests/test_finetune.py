@@ -28,7 +28,7 @@ from commands.finetuning_flags import REFUSED
 from commands.finetuning_model import part_of
 from commands.finetuning_rows import LAYOUTS
 from commands.finetuning_saving import whole_checkpoints
-from commands.finetuning_sharding import group_of
+from commands.finetuning_sharding import mesh_group
 from commands.finetuning_summary import forecast_memory, summarize
 from finetuning import (
     ROW,
@@ -405,7 +405,7 @@ def test_sharded_adapters_resume(two_processes, name):
         ({}, "needs weights in shards of FSDP2"),
         ({"fsdp": True, "fsdp_config": '{"version": 1}'}, "needs weights in shards of FSDP2"),
         (sharded(), "1 processes run, which are not groups of 2"),
-        (sharded() | {"sequence_parallel_size": 0}, "counts processes, from 1"),
+        (sharded() | {"sequence_parallel_size": 0}, "0, and 1 processes run"),
     ],
 )
 def test_sequences_that_cannot_be_shared_out_are_refused(folder, tmp_path, settings, message):
@@ -416,7 +416,7 @@ def test_sequences_that_cannot_be_shared_out_are_refused(folder, tmp_path, setti
 
 def test_parallelism_that_accelerate_was_told_of_elsewhere_is_refused():
     with pytest.raises(ValueError, match="accelerate was configured for {'cp': 2"):
-        group_of(SimpleNamespace(parallelism_config=ParallelismConfig(cp_size=2)), 1)
+        mesh_group(SimpleNamespace(parallelism_config=ParallelismConfig(cp_size=2)), 1)
 
 
 # The command.

@@ -230,7 +230,8 @@ class Steps:
         """A step whose inputs have the shapes of all of this kind."""
         self.seen[kind] += 1
         if self.pool is None or self.seen[kind] <= self.WARM_UP:
-            return self.function(*inputs)
+            self.function(*inputs)
+            return
         if kind not in self.graphs:
             self.graphs[kind] = self._record(inputs)
         graph, places = self.graphs[kind]
