@@ -3,11 +3,11 @@
     python tools/train_needle.py --out out/needle --tokens 65536
     python tools/train_needle.py --out out/needle_dense --tokens 65536 --attention dense
 
-A video is frames of 16 tokens. NEEDLES of them, anywhere, show a key and a value; all others are
-scenes without meaning, but for the last QUESTIONS frames, which show a key each and ask for its
-value. After the video stand as many questions in text: a key's word, with the value's word as its
-answer. So every needle is the distractor of all other questions, and each answer is learned at one
-place, in two kinds:
+A video is frames of 16 tokens. 32 of them, anywhere, show a key and a value; all others are scenes
+without meaning, but for the last 16 frames, which show a key each and ask for its value. After the
+video stand as many questions in text: a key's word, with the value's word as its answer. So every
+needle is the distractor of all other questions, and each answer is learned at one place, in two
+kinds:
 
 - shown: at a frame's last token. A vision row has to find the needle: sparsely, or densely.
 - asked: at a word after the video. Text rows attend densely in both models, so that this says
@@ -18,12 +18,12 @@ random vectors of keys, values and scenes with noise on every token, in place of
 The rest is the real class with its own plan and positions, and the parts of train_tiny.py. Steps
 are not recorded as CUDA graphs: at --step-tokens the GPU has more to do than the host.
 
-Every step has the same number of tokens, in rows of one length. Training begins with the shortest,
-where a selection leaves nothing out, and longer ones join in before half of it is over. log.jsonl
-has losses, milliseconds a step and the peak of memory by length, and every --save-every steps the
-accuracy by length and depth of the needle; guessing among the values is right in 1.6 %.
-Sparse and dense are trained alike where --steps end both runs, not --minutes. What a step should
-take stands in docs/training.md.
+Every step has the same number of tokens, in rows of one length. Training begins with videos of 8
+frames with 4 needles, half of them shown and half asked, because among 32 the look-up hardly begins
+to be learned; longer ones join in before half of it is over. log.jsonl has losses, milliseconds a
+step and the peak of memory by length, and every --save-every steps the accuracy by length and depth
+of the needle; guessing among the values is right in 1.6 %. Sparse and dense are trained alike where
+--steps end both runs, not --minutes. What a step should take stands in docs/training.md.
 """
 
 import argparse
@@ -42,8 +42,8 @@ from make_tiny_checkpoint import CONFIG
 from tiny_batches import QUESTION_START, SYSTEM_TURN, TOKENS, Words
 from train_tiny import Clock, Log, Speed, Trainer, autocast, load, plan_of, row_logits, save
 
-LENGTHS = (1024, 4096, 16384, 65536)  # vision tokens of a video
-NEEDLES, QUESTIONS = 32, 16  # of a video; QUESTIONS are shown, and as many are asked
+LENGTHS = (128, 1024, 4096, 16384, 65536)  # vision tokens of a video
+QUESTIONS = 16  # of each of KINDS, at most
 KEYS, VALUES = 256, 64
 FIRST_KEY, FIRST_VALUE = 256, 512  # their words: ids of the tokenizer, whatever it spells so
 KINDS = ("shown", "asked")
@@ -97,11 +97,12 @@ class Layout(NamedTuple):
     """What all batches of `rows` videos of so many tokens have in common.
 
     ids int64 [L], without the questions' words, which begin at `text`; positions int64
-    [3, rows, L]; places int64 [2 * QUESTIONS], where the answers are predicted, by KINDS.
+    [3, rows, L]; places int64 [2 * questions], where the answers are predicted, by KINDS.
     """
 
     rows: int
     tokens: int
+    questions: int  # of each kind; there are twice as many needles
     ids: torch.Tensor
     text: int
     positions: torch.Tensor
@@ -111,16 +112,18 @@ class Layout(NamedTuple):
 
 def make_layout(model, rows, tokens, device):
     words, frames = Words(), tokens // TOKENS
+    questions = min(QUESTIONS, frames // 4)
     opening = words.ids(SYSTEM_TURN + QUESTION_START + "<|vision_start|>")
     closing = words.ids("<|vision_end|>")
     video, text = len(opening), len(opening) + tokens + len(closing)
-    said = [*opening, *[words.video] * tokens, *closing, *[words.padding] * (2 * QUESTIONS)]
-    ids, question = torch.tensor(said), torch.arange(QUESTIONS)
-    shown = video + (frames - QUESTIONS + 1 + question) * TOKENS - 1
+    said = [*opening, *[words.video] * tokens, *closing, *[words.padding] * (2 * questions)]
+    ids, question = torch.tensor(said), torch.arange(questions)
+    shown = video + (frames - questions + 1 + question) * TOKENS - 1
     batch = {"ids": ids.expand(rows, -1)}
     return Layout(
         rows=rows,
         tokens=tokens,
+        questions=questions,
         ids=ids.to(device),
         text=text,
         positions=tiny_batches.positions(words, batch["ids"], (frames,)).to(device),
@@ -131,7 +134,7 @@ def make_layout(model, rows, tokens, device):
 
 class Videos(NamedTuple):
     """A batch: features float32 [rows * tokens, hidden], ids int64 [rows, L], and of its questions
-    [rows, 2 * QUESTIONS], by KINDS, the word that answers (int64) and where the needle stands, from
+    [rows, 2 * questions], by KINDS, the word that answers (int64) and where the needle stands, from
     0 to 1.
     """
 
@@ -149,30 +152,29 @@ def draw(vectors, layout, generator):
     def some(count, of):
         return torch.rand(rows, of, **options).argsort(1)[:, :count]
 
-    keys, places = some(NEEDLES, KEYS), some(NEEDLES, frames - QUESTIONS)
-    values = torch.randint(VALUES, (rows, NEEDLES), **options)
-    needles = some(len(KINDS) * QUESTIONS, NEEDLES)  # no two questions about the same one
-    keys_of, values_of = keys.gather(1, needles), values.gather(1, needles)
+    # Of needles in the order of the questions about them: each is asked for once.
+    questions = layout.questions
+    keys, places = some(2 * questions, KEYS), some(2 * questions, frames - questions)
+    values = torch.randint(VALUES, (rows, 2 * questions), **options)
 
     scenes = torch.randn(rows, frames, hidden, **options) * SCALE
     scenes[torch.arange(rows, device=device)[:, None], places] = (
         vectors.keys[keys] + vectors.values[values]
     )
-    scenes[:, -QUESTIONS:] = vectors.keys[keys_of[:, :QUESTIONS]] + vectors.asking
+    scenes[:, -questions:] = vectors.keys[keys[:, :questions]] + vectors.asking
     features = torch.randn(rows, frames, TOKENS, hidden, **options) * NOISE + scenes[:, :, None]
 
     ids = layout.ids.repeat(rows, 1)
-    ids[:, layout.text :: 2] = FIRST_KEY + keys_of[:, QUESTIONS:]
-    ids[:, layout.text + 1 :: 2] = FIRST_VALUE + values_of[:, QUESTIONS:]
-    depths = places.gather(1, needles) / (frames - QUESTIONS)
-    return Videos(features.flatten(0, 2), ids, FIRST_VALUE + values_of, depths)
+    ids[:, layout.text :: 2] = FIRST_KEY + keys[:, questions:]
+    ids[:, layout.text + 1 :: 2] = FIRST_VALUE + values[:, questions:]
+    return Videos(features.flatten(0, 2), ids, FIRST_VALUE + values, places / (frames - questions))
 
 
 # Training.
 
 
 def answer_logits(model, layout, videos):
-    """float32 [rows, 2 * QUESTIONS, V], where the answers are predicted."""
+    """float32 [rows, 2 * questions, V], where the answers are predicted."""
     with autocast(videos.ids.device):
         logits = row_logits(model, videos.ids, layout.positions, videos.features, layout.plan)
     return logits[:, layout.places].float()
@@ -181,7 +183,7 @@ def answer_logits(model, layout, videos):
 def losses_of(logits, videos):
     """The mean loss of each of KINDS: [2]."""
     losses = F.cross_entropy(logits.flatten(0, 1), videos.answers.flatten(), reduction="none")
-    return losses.view(-1, len(KINDS), QUESTIONS).mean((0, 2))
+    return losses.view(len(logits), len(KINDS), -1).mean((0, 2))
 
 
 def length_at(rng, lengths, progress):
