@@ -3,13 +3,15 @@
     python benchmarks/attention.py
     python benchmarks/attention.py --sizes 32768 --profile
     python benchmarks/attention.py --peers cudnn flex fla
+    python benchmarks/attention.py --needle out/needle --heads 7 1 --sizes 4096 16384 65536
 
 The layer is timed end to end, the choice of blocks included. Its cost depends on how much of their
 choice neighbouring queries share, so it runs three times: "random" (every query picks its past
 blocks independently, the worst case), "shared" (75 % of the picks are common to 18 neighbours)
 and "computed" (what random q and k choose). The first two compute the choice at full cost and then
-replace it. Milliseconds are medians of CUDA-event times after a warm-up, memory is the peak above
-the inputs.
+replace it. With --needle, the folder of a model of tools/train_needle.py, each of its layers is
+timed, too, on the q, k, v and gates that it makes of one of its videos. Milliseconds are medians of
+CUDA-event times after a warm-up, memory is the peak above the inputs.
 
 "fla" is the NSA of flash-linear-attention, where it is installed. Groups of heads must be powers of
 two from 16 there, so 28 heads are padded to 64, and it runs without the window, for which it would
@@ -30,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from videonsa import nsa_kernels  # noqa: E402
 from videonsa.nsa_kernels_choice import choose_blocks  # noqa: E402
 
+import train_needle  # noqa: E402
+
 BLOCK, SELECTED, WINDOW = 64, 32, 256
 NEIGHBOURS = 18
 ROWS = 9216  # queries whose picks are drawn at once, a multiple of NEIGHBOURS
@@ -42,6 +46,7 @@ def main():
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--choices", nargs="+", default=["random", "shared", "computed"])
     parser.add_argument("--peers", nargs="*", default=["cudnn", "flash"], choices=[*PEERS])
+    parser.add_argument("--needle", type=Path, help="a trained model whose layers are timed too")
     parser.add_argument("--profile", action="store_true", help="device time of each kernel too")
     args = parser.parse_args()
     print(
@@ -66,11 +71,41 @@ def bench(tokens, args):
     for name in args.peers:
         measure(tokens, name, PEERS[name], inputs if name == "fla" else inputs[:3], do)
     for name in args.choices:
-        with replaced_choice(name, tokens, kv_heads) as statistics:
-            measure(tokens, name, layer, inputs, do)
-            print(f"{'':24s} {statistics(heads // kv_heads)}")
-            if args.profile:
-                profile(inputs, do)
+        measure_layer(tokens, name, inputs, do, args.profile)
+    if args.needle:
+        for index, own in enumerate(trained_inputs(args.needle, tokens)):
+            measure_layer(tokens, f"layer {index}", own, do, args.profile)
+
+
+def measure_layer(tokens, name, inputs, do, profiled):
+    q, k = inputs[:2]
+    with replaced_choice(name, tokens, k.shape[1]) as statistics:
+        measure(tokens, name, layer, inputs, do)
+        print(f"{'':24s} {statistics(q.shape[1] // k.shape[1])}")
+        if profiled:
+            profile(inputs, do)
+
+
+def trained_inputs(folder, tokens):
+    """q, k, v and gates of each layer of a model of tools/train_needle.py, on one of its videos."""
+    device, seen = torch.device("cuda"), []
+    model = train_needle.load(folder, device).eval()
+    vectors = train_needle.make_vectors(model.config.text_config.hidden_size, device)
+    layout = train_needle.make_layout(model, 1, tokens, device)
+    video = train_needle.draw(vectors, layout, torch.Generator(device).manual_seed(tokens))
+    attention = nsa_kernels.nsa_attention
+
+    def record(*inputs, **settings):
+        seen.append([x.detach().bfloat16().requires_grad_() for x in inputs[:4]])
+        return attention(*inputs, **settings)
+
+    nsa_kernels.nsa_attention = record
+    try:
+        with torch.no_grad():
+            train_needle.answer_logits(model, layout, video)
+    finally:
+        nsa_kernels.nsa_attention = attention
+    return seen
 
 
 @functools.cache
@@ -138,7 +173,7 @@ class replaced_choice:  # noqa: N801
 
     def __init__(self, name, tokens, kv_heads):
         self.blocks = None
-        if name != "computed":
+        if name in ("random", "shared"):
             self.blocks = random_blocks(tokens, kv_heads, 0.75 if name == "shared" else 0.0)
 
     def __enter__(self):

@@ -441,15 +441,15 @@ def parse(arguments=None):
     parser.add_argument("--attention", choices=("sparse", "dense"), default="sparse")
     parser.add_argument("--tower-steps", type=int, default=1000)
     parser.add_argument("--tower-minutes", type=float, help="at most")
-    parser.add_argument("--language-steps", type=int, default=40000)
+    parser.add_argument("--language-steps", type=int, default=16000)
     parser.add_argument("--language-minutes", type=float, help="at most")
     parser.add_argument("--pairs", type=int, default=1024, help="of frames, a step of the tower")
-    parser.add_argument("--tokens", type=int, default=10240, help="a step of the language model")
+    parser.add_argument("--tokens", type=int, default=32768, help="a step of the language model")
     parser.add_argument("--tower-lr", type=float, default=2e-3)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--workers", type=int, default=0, help="processes that draw the stories")
     parser.add_argument("--log-every", type=int, default=100, help="steps")
-    parser.add_argument("--save-every", type=int, default=5000, help="steps")
+    parser.add_argument("--save-every", type=int, default=4000, help="steps")
     parser.add_argument("--measured-rows", type=int, default=100, help="conversations a length")
     parser.add_argument(
         "--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs"
