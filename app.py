@@ -59,7 +59,7 @@ def make_page(options, uploads):
     answerer = Answerer(prepared, processor, options.max_tokens, on_gpu)
     is_toy = Path(options.model).resolve() == ROOT
     examples = [(one, load(one, processor)) for one in EXAMPLES] if is_toy else []
-    return Page(answerer, examples, is_toy)
+    return Page(answerer, examples)
 
 
 def launch(page, options, **settings):

@@ -30,7 +30,8 @@ VideoNSA reads every frame that is taken, but lets each look back at a few block
 Under an answer you see **which moments it was read from**, and **what each moment looked back at**.
 """
 TOY = """
-This is the toy checkpoint: it knows coloured shapes, and nothing else.
+This is the toy checkpoint: it knows coloured shapes, and of most other things it says that it does
+not know.
 """
 HINT = "<p class='hint'>Ask a question, and see here which moments the answer was read from.</p>"
 UNRECORDED = (
@@ -60,20 +61,19 @@ class Session:
 class Page:
     """The components of the page, and its handlers.
 
-    examples: (Example, Answer) each; the first one is shown at once.
-    is_toy: whether the model is the repository's checkpoint, which answers first questions only.
+    examples: (Example, Answer) each, of the toy checkpoint; the first one is shown at once.
     blocks: the whole, with its queue, to be launched.
     """
 
-    def __init__(self, answerer: Answerer, examples: list, is_toy: bool):
-        self.answerer, self.examples, self.is_toy = answerer, examples, is_toy
+    def __init__(self, answerer: Answerer, examples: list):
+        self.answerer, self.examples = answerer, examples
         self.stops = {}  # of each visitor who waits for an answer, what ends it
         self.blocks = gr.Blocks(
             title="VideoNSA", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)
         )
         with self.blocks:
             self.session = gr.State(Session(), time_to_live=KEPT_SECONDS)
-            gr.Markdown(HEADER + (TOY if is_toy else ""))
+            gr.Markdown(HEADER + (TOY if examples else ""))
             with gr.Row():
                 with gr.Column(scale=4):
                     self.lay_out_player()
@@ -112,9 +112,8 @@ class Page:
             self.stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
         with gr.Row():
             self.remember = gr.Checkbox(
-                not self.is_toy,
+                True,
                 label="Questions go on from earlier ones",
-                info="The toy checkpoint did not learn that." if self.is_toy else None,
                 container=False,
                 scale=3,
                 elem_id="remember",

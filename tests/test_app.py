@@ -27,6 +27,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 import clips
+from conversation import TURNS
 from paths import ROOT
 
 gr = pytest.importorskip("gradio", reason="needs requirements-demo.txt")
@@ -65,7 +66,7 @@ def stored(processor):
 
 @pytest.fixture(scope="module")
 def page(answerer, stored):
-    return Page(answerer, stored, is_toy=True)
+    return Page(answerer, stored)
 
 
 @pytest.fixture
@@ -102,10 +103,10 @@ def test_stored_results_are_what_the_checkpoint_answers(answerer, stored):
 
 
 def test_an_example_says_from_which_second_it_was_answered(stored):
-    """The last shape, an orange cross, is seen last."""
+    """The last shape, an orange cross, is seen from 5 s on."""
     (example, answer), *_ = stored
     assert (example.question, answer.text) == (LAST, "orange")
-    assert "“orange”</b> was read most at <b>7 to 8 s</b>" in app_strip.summary(
+    assert "“orange”</b> was read most at <b>6 to 7 s</b>" in app_strip.summary(
         answer.view, None, None
     )
 
@@ -163,7 +164,7 @@ def test_a_picture_is_refused_before_it_is_answered(answerer, folder):
 
 
 def test_a_budget_of_one_token_has_a_slider(prepared, processor):
-    assert Page(Answerer(prepared, processor, max_tokens=1), [], True).budget.minimum == 0
+    assert Page(Answerer(prepared, processor, max_tokens=1), []).budget.minimum == 0
 
 
 @pytest.mark.parametrize(
@@ -305,6 +306,16 @@ def ask(page, session, video, question, remember=True, budget=10**6):
     return last
 
 
+def test_the_root_holds_a_conversation_on_the_page(page):
+    session = Session()
+    for clip, question, answer in TURNS:
+        shown = str(clip) if clip else session.video
+        last = ask(page, session, shown, question)
+        session = last[page.session]
+        assert session.turns[-1] == ([str(clip)] if clip else [], question, answer)
+    assert len(session.turns) == len(TURNS)
+
+
 def test_several_turns_of_the_page(page, tmp_path):
     copy = shutil.copy(SHAPES, tmp_path)  # as Gradio hands an example out
     last = ask(page, Session(), SHAPES, LAST)
@@ -346,7 +357,7 @@ def test_a_file_that_is_no_video_is_said_to_be_none(page, folder):
 
 
 def test_another_model_has_no_examples_and_remembers(answerer):
-    page = Page(answerer, [], is_toy=False)
+    page = Page(answerer, [])
     assert page.remember.value and not page.samples.visible
     texts = [one.value for one in page.blocks.blocks.values() if isinstance(one, gr.Markdown)]
     assert texts == [app_page.HEADER.strip()]
@@ -557,7 +568,7 @@ def test_the_page_as_a_person_uses_it(server, chromium, folder):
     tab.on("request", lambda sent: outside.append(sent.url))
     tab.goto(server.address)
     summary, moments = tab.locator("#summary"), tab.locator(".strip .moment")
-    expect(summary).to_contain_text("“orange” was read most at 7 to 8 s", timeout=60_000)
+    expect(summary).to_contain_text("“orange” was read most at 6 to 7 s", timeout=60_000)
     expect(moments).to_have_count(8)
 
     tab.locator("#examples").get_by_text("In which order do the colours appear?").click()

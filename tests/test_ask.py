@@ -30,6 +30,7 @@ from commands.checkpoint_files import listed_files
 from commands.conversation import Conversation, TooLarge, as_plain_text, media_part
 from commands.forecast import forecast
 from commands.model_loading import prepare_model
+from conversation import TURNS
 from paths import ROOT
 
 
@@ -199,6 +200,17 @@ def test_a_conversation(ask, folder, monkeypatch, capsys):
     assert [[m["tokens"] for m in one["media"]] for one in records] == [[75], [], [30]]
     assert records[0]["prompt_tokens"] < records[1]["prompt_tokens"] < records[2]["prompt_tokens"]
     assert error == "ask.py: there is no file nowhere.mp4\n"
+
+
+def test_the_root_holds_a_conversation(ask, monkeypatch, capsys):
+    (first, question, _), *later = TURNS
+    lines = "\n".join(f"/video {clip}\n{asked}" if clip else asked for clip, asked, _ in later)
+    run(ask, monkeypatch, first, question, "--interactive", "--json", lines=lines)
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["answer"] for one in records] == [answer for *_, answer in TURNS]
+    page = (ROOT / "docs/tiny_checkpoint.md").read_text(encoding="utf-8")
+    shown = re.findall(r"\| ([^|]*\?) \| (.*) \|", page.split("### A conversation")[1])
+    assert shown == [(asked, answer) for _, asked, answer in TURNS]
 
 
 def test_commands_are_done_and_typos_said(ask, folder, monkeypatch, capsys):

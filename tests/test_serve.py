@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 import clips
+from conversation import TURNS
 from paths import ROOT
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs requirements-demo.txt")
@@ -190,6 +191,15 @@ def test_a_stream_says_the_same_piece_by_piece(client):
     assert (numbers["choices"], numbers["usage"]) == ([], usage)
     assert len({event["id"] for event in (first, *pieces, end, numbers)}) == 1
     assert not any("usage" in event for event in events_of(post(client, messages, stream=True)))
+
+
+def test_the_root_holds_a_conversation_over_http(client):
+    messages = []
+    for clip, question, answer in TURNS:
+        shown = [video(inline(clip))] if clip else []
+        messages.append(user(*shown, text(question)))
+        assert answer_of(post(client, messages))[0] == answer
+        messages.append({"role": "assistant", "content": answer})
 
 
 def test_openais_client_reads_it(client):

@@ -136,7 +136,7 @@ def test_streams_chunks_and_batches_answer_as_the_whole(processor, model, film, 
     short = str(clips.write_clip(tmp_path / "short.mp4", 30))
     settings = {"timestamps": True, "fps": 1}
     whole = encode(processor, film, **settings)
-    ask = {"max_new_tokens": 8, "do_sample": False}
+    ask = {"min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False}
     answer = model.generate(**whole, **ask)
     stream = encode(processor, film, stream=True, **settings)
     assert torch.equal(stream["input_ids"], whole["input_ids"])

@@ -116,7 +116,7 @@ def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path, monkeypatch
     out = tmp_path / "new" / "look"
     visualize.main([str(CLIPS / "shapes.mp4"), "What is the last shape?", "--out", str(out)])
     verdict, wrote = capsys.readouterr().out.splitlines()[-2:]
-    assert verdict.startswith("The answer was read most at 7 to 8 s (")
+    assert verdict.startswith("The answer was read most at 6 to 7 s (")
     assert wrote == f"wrote {out / 'index.html'}"
     pictures = ["gates", "heads", "selections1", "sinks", "timeline1"]
     assert sorted(path.stem for path in out.glob("*.png")) == pictures

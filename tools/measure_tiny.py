@@ -28,7 +28,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from videonsa import ROOT
 
 from commands.quantized_loading import TRAINABLE, loading_options
-from make_clips import KINDS, NEW_KINDS, SAMPLED_FPS, TRAINED_KINDS
+from make_clips import NEW_KINDS, SAMPLED_FPS, TRAINED_KINDS
 
 
 def load(folder, attention, semantics=None, load_in=None):
@@ -130,7 +130,7 @@ def main():
     parser.add_argument("--seed", type=int, required=True, help="of the clips")
     parser.add_argument("--frames", type=int, required=True, help=f"at {SAMPLED_FPS} a second")
     parser.add_argument("--count", type=int, default=100, help="clips (default 100)")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="of question, comma-separated")
+    parser.add_argument("--kinds", default=",".join(TRAINED_KINDS), help="comma-separated")
     parser.add_argument("--turns", type=int, default=1, help="of a conversation (default 1)")
     parser.add_argument("--second", action="store_true", help="end it with a second clip")
     parser.add_argument("--attention", choices=("sparse", "dense"), default="sparse")

@@ -33,22 +33,11 @@ from videonsa.vision_videonsa import Layout, Sequences
 import make_tiny_checkpoint
 import tiny_batches
 from make_clips import TRAINED_KINDS
-from make_tiny_checkpoint import CONFIG, IMAGE_MEAN, IMAGE_STD
+from make_tiny_checkpoint import IMAGE_MEAN, IMAGE_STD
 from tiny_batches import GRID, HEADS, MERGE, PATCH, TOKENS, VISION, Words
 
 MEASURED = ((4,), (8,), (16,), (32,), (8, 8))  # seconds of the clips of a measured conversation
 TOWER = "model.visual."
-# What is learned sooner than with the configuration of the checkpoint at the root: weights that are
-# not too small for so few features, and rotary frequencies of which time has the quick half, since
-# a second is looked up and a place in a 4x4 grid is not.
-TEXT = CONFIG["text_config"] | {
-    "initializer_range": 0.05,
-    "rope_parameters": {"mrope_section": [4, 2, 2], "rope_theta": 10000.0, "rope_type": "default"},
-}
-TRAINED_CONFIG = CONFIG | {
-    "text_config": TEXT,
-    "vision_config": CONFIG["vision_config"] | {"initializer_range": 0.07},
-}
 
 
 # The model.
@@ -464,7 +453,7 @@ def main(arguments=None):
     torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not recorded on the default stream
-    make_tiny_checkpoint.write_checkpoint(args.out, args.seed, TRAINED_CONFIG)
+    make_tiny_checkpoint.write_checkpoint(args.out, args.seed)
     torch.manual_seed(args.seed)
     model = load(args.out, device, dense=args.attention == "dense")
     log = Log(args.out / "log.jsonl")
