@@ -266,6 +266,7 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
         """Stock, but for `nsa_*` among kwargs, which replace those of the text config."""
         nsa, kwargs = _split_nsa(kwargs)
         _announce_semantics(config_dict, nsa.get("nsa_semantics"))
+        _check_tower(config_dict, kwargs.get("quantize_vision_tower"))
         return super().from_dict({**config_dict, **nsa}, **kwargs)
 
 
@@ -277,6 +278,17 @@ def _announce_semantics(config_dict, asked):
         logger.warning(
             f"these weights were trained with nsa_semantics={own!r}; as asked for, they run with "
             f"{asked!r}."
+        )
+
+
+def _check_tower(config_dict, asked):
+    """Raise ValueError where weights that are quantised already are not as asked for."""
+    own = config_dict.get("quantize_vision_tower", False)
+    if config_dict.get("quantization_config") is not None and asked not in (None, own):
+        raise ValueError(
+            f"quantize_vision_tower is {asked}, and this checkpoint was quantised and saved with "
+            f"{own}: its vision tower can only be loaded as it was saved. Leave "
+            "quantize_vision_tower away, or quantise the 16-bit weights anew."
         )
 
 

@@ -113,6 +113,19 @@ def test_the_tower_is_quantised_where_that_is_asked_for(name, wide, tmp_path):
     assert logits(model).isfinite().all()
     model.save_pretrained(tmp_path)
     assert quantised_parts(load(tmp_path)) == (LANGUAGE, TOWER)
+    assert quantised_parts(load(tmp_path, quantize_vision_tower=True)) == (LANGUAGE, TOWER)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_saved_tower_is_loaded_as_it_was_saved(saved, wide, tmp_path):
+    fields = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    config = VideoNSAConfig.from_pretrained(wide).to_dict() | fields
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantize_vision_tower": saved}))
+    for given in (None, saved):  # None: not given
+        options = {} if given is None else {"quantize_vision_tower": given}
+        assert VideoNSAConfig.from_pretrained(tmp_path, **options).quantize_vision_tower == saved
+    with pytest.raises(ValueError, match=f"is {not saved}, .* saved with {saved}: .* Leave"):
+        VideoNSAConfig.from_pretrained(tmp_path, quantize_vision_tower=not saved)
 
 
 @pytest.mark.parametrize("name", ON_A_CPU)
