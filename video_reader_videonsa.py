@@ -15,7 +15,7 @@ import numpy as np
 from transformers.utils import logging
 
 from .joined_recordings_videonsa import Rest, begins_again, rest_of
-from .video_packets_videonsa import Clock, Decoded, Losses, Packets
+from .video_packets_videonsa import Clock, Decoded, Holes, Losses, Packets
 from .video_plan_videonsa import MAX_FRAME_PIXELS
 from .video_source_videonsa import PYAV, VideoSource, av
 
@@ -26,7 +26,7 @@ ONCE = threading.Lock()  # two threads that warn at the same time would do it tw
 # FCC, SMPTE 240M and two of BT.2020. PyAV before 16 takes all for BT.601.
 MATRICES = {1: 1, 4: 4, 7: 7, 9: 9, 10: 9}
 BT601, LIMITED_RANGE, FULL_RANGE = 5, 1, 2
-INTRA = 1  # AVPictureType
+INTRA, BIDIRECTIONAL = 1, 3  # AVPictureType
 JPEG = b"\xff\xd8"  # begins a picture
 HIGH_DYNAMIC_RANGE = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 WIDE_GAMUT = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}  # AVColorPrimaries
@@ -101,10 +101,8 @@ class VideoFile:
     # Decoders that skip only frames that no other one refers to. FFmpeg's for HEVC also skips those
     # that frames of a higher temporal layer refer to.
     SKIPPING = ("h264",)
-    # So many zeros in a packet are a part of the file that was never written; these decoders make a
-    # picture of it without a word. H.264 and HEVC forbid four, and are padded to eight bytes; a 4K
-    # checkerboard in VP8 had 28.
-    HOLES = {"h264": 8, "hevc": 8, "vp8": 128, "vp9": 128, "av1": 128, "mpeg4": 128}
+    # MPEG-1 and MPEG-2 show so many frames a second, always: after a gap, some were lost.
+    STEADY = ("mpeg1video", "mpeg2video")
 
     # What the GPU's decoder gives bit for bit. Ten bits lose some on their way to RGB.
     GPU_FORMATS = ("yuv420p", "yuvj420p")
@@ -133,7 +131,8 @@ class VideoFile:
         self.start, self.stamped = 0, None  # not known yet
         codec = self.stream.codec_context.codec.canonical_name
         self.skips, self.unskipped = codec in self.SKIPPING, -math.inf
-        self.hole = bytes(self.HOLES[codec]) if codec in self.HOLES else None
+        self.holes = Holes(codec)
+        self.longest_gap = 3.5 / self.rate if codec in self.STEADY else math.inf
         in_order = kind.name in self.IN_ORDER
         first, lost, stamps = None, None, []
         for time, frame, lost_from, _ in islice(self._decode(), self.FIRST_LOOK if in_order else 1):
@@ -294,7 +293,7 @@ class VideoFile:
             late = second - held.time > 2 / self.rate + self.CLOSE
             if ahead is None:
                 self._check_end(held.time, second)
-            elif late and ahead.lost is not None and ahead.lost <= second + self.CLOSE:
+            elif late and ahead.lost is not None:
                 raise self._error(f"is damaged around {second:.1f} s")
             yield held.time, held.frame
 
@@ -398,27 +397,32 @@ class VideoFile:
 
     def _decode(self):
         """Yields each frame as `Decoded`, from the current position on, damaged ones left out."""
-        self.decoded, self.damaged = 0, False
+        self.decoded, self.damaged, held, corrupt = 0, False, [], False
         clock, losses, last, last_key = self._clock(), Losses(), -math.inf, None
         context, skips, latest = self.stream.codec_context, None, -math.inf
         try:
             for packet in self._packets(self.stream):
-                hole = self.hole is not None and self.hole in bytes(packet)
+                hole = self.holes.has(packet)
                 if packet.size and not packet.is_discard:
                     time = clock.seconds(packet)
                     skip = not losses.seen and self._may_skip(time, latest)
                     if skip is not skips:
                         context.skip_frame, skips = "NONREF" if skip else "DEFAULT", skip
                     latest = latest if time is None else max(latest, time)
-                    corrupt = packet.is_corrupt and time not in self.at_joins
-                    losses.send(packet, time, hole or corrupt, skip)
+                    # FFmpeg marks the frame before where it finds the end of one by the next.
+                    before, corrupt = corrupt, packet.is_corrupt and time not in self.at_joins
+                    losses.send(packet, time, hole or corrupt or before, skip)
                     if clock.joins and self.stamped and not self.joined:
                         self._measure_again(joined=True)
                 try:
                     frames = [] if hole else packet.decode()
                 except av.InvalidDataError:
-                    losses.start(packet)
+                    losses.start()
                     frames = []
+                held, frames = held + frames, []
+                if held and not (packet.size and self._is_waiting(held)):
+                    losses.look_at(held, last, self.longest_gap if self.stamped else math.inf)
+                    frames, held = held, []
                 self.damaged = losses.seen
                 if self.damaged and self.decoded and self.stamped is False:
                     raise self._error(f"is damaged after {last:.1f} s")  # what is lost counts
@@ -446,6 +450,14 @@ class VideoFile:
                     yield Decoded(time, frame, lost, skipped)
         except av.FFmpegError:  # the container itself ends in the middle
             self.damaged = True
+
+    def _is_waiting(self, frames):
+        """Whether the last of these frames may be made from one that comes out after it.
+
+        Only then is it known whether that one is right. On the GPU there is no room to wait.
+        """
+        waits = int(frames[-1].pict_type) == BIDIRECTIONAL and self.gpu is None
+        return waits and len(frames) < self.FIRST_LOOK
 
     def _may_skip(self, time, latest):
         """Whether the frame of a packet, if no other one refers to it, need not be decoded.
@@ -513,6 +525,11 @@ class VideoFile:
             starts = ", ".join(f"{time:.1f}" for time in packets.joins[:3])
             self._say_in_order(
                 f"it is joined of recordings, whose clock starts again at {starts} s"
+            )
+        index = getattr(self.stream, "index_entries", ())  # newer PyAV
+        if self.container.format.name == "avi" and len(index) > packets.count:
+            raise self._error(
+                f"has {len(index)} frames by its index, but only {packets.count} of them are there"
             )
         self.frames = packets.count if read_through else self.stream.frames
         if self.stamped and packets.times:
