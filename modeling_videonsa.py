@@ -212,7 +212,9 @@ class VideoNSAModel(Qwen2_5_VLModel):
         cached = _cached_length(cache, new, wait=goes_on or has_media(call))
         check_room(cache, cached, new)
         if group is not None and new > 1:
-            check_same_call(group, tokens, int(cached))
+            kinds = PIXELS.values(), (f"{kind}_grid_thw" for kind in PIXELS)
+            media = [[call[x] for x in names if call.get(x) is not None] for names in kinds]
+            check_same_call(group, tokens, int(cached), *media)
         if not getattr(cache, "is_compileable", False):  # a static cache takes masks of its length
             check_mask(attention_mask, rows, cached + new)
         if has_media(call) or _is_prompt(tokens, cached):

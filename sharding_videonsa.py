@@ -18,6 +18,7 @@ the loss of the whole batch, so what it finds for a weight is N times its own pa
 the group, as FSDP and DDP take it, is the gradient of one process. Nothing scales the loss.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -229,19 +230,22 @@ def _all_gather(x, group):
     return gathered
 
 
-def check_same_call(group: "dist.ProcessGroup", tokens: torch.Tensor, cached: int) -> None:
-    """Raise ValueError where the processes of a group were called with different tokens.
+def check_same_call(
+    group: "dist.ProcessGroup", tokens: torch.Tensor, cached: int, pixels: list, grids: list
+) -> None:
+    """Raise ValueError where the processes of a group were called with different inputs.
 
     tokens: ids [B, S] or embeddings [B, S, hidden].  cached: tokens in the cache.
+    pixels, grids: of the images, of the videos; of a stream the first temporal step is compared.
     """
-    values = tokens.detach().double().flatten().nan_to_num()
-    place = torch.arange(len(values), device=values.device) % 8191 + 1.0  # a swap shows, too
     shape = [*tokens.shape, 0][:3]
-    mine = torch.tensor([*shape, cached], dtype=torch.float64, device=values.device)
-    mine = torch.cat([mine, (values * place).sum()[None]])
+    pixels = [_start_of(x) for x in pixels]
+    totals = [_checksum(tokens), sum(map(_checksum, grids)), sum(map(_checksum, pixels))]
+    mine = torch.tensor([*shape, cached, *totals], dtype=torch.float64, device=tokens.device)
     every = _all_gather(mine, group).view(group.size(), -1).tolist()
     for rank, call in enumerate(every):
-        if call != every[0]:
+        # Pixels may differ by rounding: each process makes its own.
+        if call[:-1] != every[0][:-1] or not math.isclose(call[-1], every[0][-1], rel_tol=1e-5):
             raise ValueError(
                 f"process 0 of the group was called with {_describe(every[0])}, process {rank} "
                 f"with {_describe(call)}. Processes that share out a sequence are all called with "
@@ -249,9 +253,25 @@ def check_same_call(group: "dist.ProcessGroup", tokens: torch.Tensor, cached: in
             )
 
 
+def _start_of(pixels):
+    """A tensor as it is; the first step of a stream, which may be read once more."""
+    return pixels if torch.is_tensor(pixels) else pixels[: pixels.overlap]
+
+
+def _checksum(values):
+    """Of a million numbers at most, evenly apart; a swap of two shows, too."""
+    values = values.detach().flatten()
+    values = values[:: len(values) // 2**20 + 1].double().nan_to_num().abs()
+    place = torch.arange(len(values), device=values.device) % 8191 + 1.0
+    return float((values * place).sum())
+
+
 def _describe(call):
-    rows, new, _, cached, total = call
-    return f"{int(rows)} x {int(new)} tokens after {int(cached)} cached ones (checksum {total:.6g})"
+    rows, new, _, cached, total, grids, pixels = call
+    return (
+        f"{int(rows)} x {int(new)} tokens after {int(cached)} cached ones (checksum {total:.6g}, "
+        f"of grids {grids:.6g}, of pixels {pixels:.6g})"
+    )
 
 
 def draw_alike(group: "dist.ProcessGroup", device: torch.device) -> None:

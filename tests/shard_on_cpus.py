@@ -258,6 +258,23 @@ def case_different_prompts(models):
     return errors
 
 
+def case_different_media(models):
+    """0 where a call is refused, in every process, that brings other pixels or grids in one."""
+    errors = {}
+    batch = models.batch((3, ("video", 8, 2, 4), 4))
+    for name, turn in (
+        ("pixel_values_videos", lambda pixels: pixels.flip(0)),
+        ("video_grid_thw", lambda grid: grid[:, [0, 2, 1]]),
+    ):
+        try:
+            changed = {name: turn(batch[name])} if dist.get_rank() == 1 else {}
+            models.shared(**batch | changed)
+            errors[name] = 1.0
+        except ValueError as error:
+            errors[name] = float("Processes that share out a sequence" not in str(error))
+    return errors
+
+
 def case_different_batches(models):
     """0 where the check of fine-tuning tells equal batches from those with other pixels."""
     batch, errors = models.batch(MIXED), {"equal": 0.0, "other pixels": 1.0}
