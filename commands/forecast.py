@@ -16,8 +16,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from commands.quantized_loading import bits_of, bytes_per_weight, is_int8_product
+from commands.quantized_loading import (
+    bits_of,
+    bytes_per_weight,
+    is_int8_product,
+    skipped_modules,
+)
 from media_features_videonsa import chunks_of
 from memory_videonsa import (
     ATTENTION_HIDDEN_ROWS,
@@ -57,7 +63,7 @@ SHARED_HIDDEN_ROWS = 3
 # Bytes of an intermediate activation besides, while bitsandbytes multiplies in 8 bits: the product
 # in int32 and in float16.
 INT8_PRODUCT_BYTES = 6
-# What a model in 16 bit may be loaded in instead, largest first.
+# What a model may be loaded in instead, largest first.
 LOADS = ("8bit", "4bit")
 
 
@@ -73,7 +79,8 @@ class Forecast:
     fitting_tokens: the largest number of tokens that fits; None where `available` is None.
     offloaded: whether the run would fit with its cache in the host's memory, a layer at a time on
         the device (cache_implementation="offloaded"); None where `available` is None.
-    loads: names of `LOADS` (--load_in) in which weights that are now in 16 bit would fit.
+    loads: names of `LOADS` (--load_in), smaller than these weights, in which all of it would fit.
+    smallest_load: the last of `LOADS`, where it is smaller, and the tokens that would fit in it.
     """
 
     tokens: int
@@ -85,6 +92,7 @@ class Forecast:
     fitting_tokens: int | None = None
     offloaded: bool | None = None
     loads: tuple[str, ...] = ()
+    smallest_load: tuple[str, int] | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -126,6 +134,9 @@ class Forecast:
             ways.append(f"at most {self.fitting_tokens:,} tokens fit")
         if self.loads:
             ways.append(f"--load_in {self.loads[0]} makes all of it fit")
+        elif self.smallest_load and self.smallest_load[1] > self.fitting_tokens:
+            name, tokens = self.smallest_load
+            ways.append(f"with --load_in {name} at most {tokens:,} tokens fit")
         if self.offloaded:
             ways.append('generate(..., cache_implementation="offloaded") keeps the cache off it')
         if not ways:
@@ -157,7 +168,8 @@ def forecast(
     """
     if available is None and device is not None:
         available = usable_memory(device)
-    quantization = quantization or getattr(config, "quantization_config", None)
+    own = getattr(config, "quantization_config", None)
+    quantization = quantization or own
     if available is not None:
         available -= unusable_bytes(config, dtype, quantization)
     run = _Run(config, new_tokens, dtype, quantization, available, processes)
@@ -171,26 +183,22 @@ def forecast(
     )
     if available is None:
         return result
-    text = prompt_tokens - vision_tokens
-    low, high = 0, prompt_tokens  # the largest prompt that fits is in [low, high]
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = run.peak(middle, max(middle - text, 0)) <= available
-        low, high = (middle, high) if fits else (low, middle - 1)
-    loads = []
-    if quantization is None and peak > available:
+    loaded = {}  # tokens that fit in smaller weights, by their names
+    if peak > available and own is None:
+        there, whole = available + unusable_bytes(config, dtype, quantization), run.weights
         for name in LOADS:
             bits = bits_of(name)
-            left = available - unusable_bytes(config, dtype, bits)
+            left = there - unusable_bytes(config, dtype, bits)
             other = run._replace(quantization=bits, available=left)
-            if other.peak(prompt_tokens, vision_tokens) <= left:
-                loads.append(name)
+            if other.weights < whole:
+                loaded[name] = other.fitting_tokens(prompt_tokens, vision_tokens)
     return dataclasses.replace(
         result,
         available=available / GIB,
-        fitting_tokens=low + new_tokens if low else 0,
+        fitting_tokens=run.fitting_tokens(prompt_tokens, vision_tokens),
         offloaded=run.peak(prompt_tokens, vision_tokens, on_device=2) <= available,
-        loads=tuple(loads),
+        loads=tuple(name for name, tokens in loaded.items() if tokens == result.tokens),
+        smallest_load=next(reversed(loaded.items()), None),
     )
 
 
@@ -223,6 +231,16 @@ class _Run(NamedTuple):
         run = (self.dtype, self.quantization, left, self.processes)
         return held + chunk_bytes(self.config, prompt, vision, *run)
 
+    def fitting_tokens(self, prompt, vision):
+        """The most tokens that fit, of a prompt with less vision and its answer; 0 for none."""
+        text = prompt - vision
+        low, high = 0, prompt  # the largest prompt that fits is in [low, high]
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.peak(middle, max(middle - text, 0)) <= self.available
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low + self.new_tokens if low else 0
+
 
 def count_parameters(config) -> int:
     """Parameters of the whole model."""
@@ -243,27 +261,50 @@ def count_parameters(config) -> int:
     return language + patch * width + vision.depth * block + merger
 
 
-def count_quantized(config) -> int:
+def count_quantized(config, skipped: tuple[str, ...] = ()) -> int:
     """Parameters that a quantizer takes: of the language model's linear layers, gates and biases
     left out, and with `quantize_vision_tower` of the tower's.
+
+    skipped: patterns of names that it leaves out besides, as its configuration lists them.
     """
+    sizes = quantizable_layers(config)
+    return sum(size for name, size in sizes.items() if should_convert_module(name, skipped))
+
+
+def quantizable_layers(config) -> dict[str, int]:
+    """{name of a linear layer: parameters} of all layers that a quantizer may take."""
     text, vision = config.text_config, config.vision_config
-    hidden, head = text.hidden_size, text.hidden_size // text.num_attention_heads
-    layer = 2 * hidden * hidden + 2 * hidden * text.num_key_value_heads * head
-    layer += 3 * hidden * text.intermediate_size
-    total = text.num_hidden_layers * layer
+    hidden, inner = text.hidden_size, text.intermediate_size
+    keys = hidden // text.num_attention_heads * text.num_key_value_heads
+    attention = {"q_proj": hidden * hidden, "o_proj": hidden * hidden}
+    attention |= dict.fromkeys(("k_proj", "v_proj"), hidden * keys)
+    names = [("model.language_model.layers", text.num_hidden_layers, "self_attn", attention)]
+    mlp = ("gate_proj", "up_proj", "down_proj")
+    names += [(*names[0][:2], "mlp", dict.fromkeys(mlp, hidden * inner))]
     if config.quantize_vision_tower:
-        width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
-        total += vision.depth * (4 * width * width + 3 * width * vision.intermediate_size)
-        total += merged * merged + merged * vision.out_hidden_size
-    return total
+        width, blocks = vision.hidden_size, ("model.visual.blocks", vision.depth)
+        names += [(*blocks, "attn", {"qkv": 3 * width * width, "proj": width * width})]
+        names += [(*blocks, "mlp", dict.fromkeys(mlp, width * vision.intermediate_size))]
+    sizes = {
+        f"{layers}.{number}.{part}.{name}": size
+        for layers, count, part, linear in names
+        for number in range(count)
+        for name, size in linear.items()
+    }
+    if config.quantize_vision_tower:
+        merged = vision.hidden_size * vision.spatial_merge_size**2
+        sizes["model.visual.merger.mlp.0"] = merged * merged
+        sizes["model.visual.merger.mlp.2"] = merged * vision.out_hidden_size
+    return sizes
 
 
 def weight_bytes(config, dtype, quantization=None) -> float:
     """Bytes of the parameters; quantization: a quantization_config or None."""
     total = count_parameters(config)
-    quantized = 0 if quantization is None else count_quantized(config)
-    each = bytes_per_weight(quantization, dtype.itemsize) if quantized else 0
+    if quantization is None:
+        return total * dtype.itemsize
+    quantized = count_quantized(config, skipped_modules(quantization))
+    each = bytes_per_weight(quantization, dtype.itemsize)
     return (total - quantized) * dtype.itemsize + quantized * each
 
 

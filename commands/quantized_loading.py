@@ -137,6 +137,13 @@ def is_int8_product(quantization) -> bool:
     return _method(fields) == "bitsandbytes" and bool(fields.get("load_in_8bit"))
 
 
+def skipped_modules(quantization) -> tuple[str, ...]:
+    """Patterns of the modules that a quantization_config leaves in whole, by the user's list."""
+    fields = _fields(quantization)
+    names = ("llm_int8_skip_modules", "modules_to_not_convert")
+    return tuple(pattern for name in names for pattern in fields.get(name) or ())
+
+
 def _fields(quantization):
     return quantization if isinstance(quantization, dict) else quantization.to_dict()
 

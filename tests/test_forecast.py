@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.quantizers.quantizers_utils import should_convert_module
 from videonsa.configuration_videonsa import VideoNSAConfig
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 from videonsa.nsa_kernels_tiles import ALL_HOT_UP_TO
@@ -165,7 +166,8 @@ def test_what_would_fit_does_and_a_little_more_does_not():
     share = vision / (10**6 - text)
     assert large.remedies(frames=1000) == (
         f"at most {vision:,} vision tokens fit: {int(1000 * share)} of the 1000 frames, or frames "
-        f"of {share:.0%} of the pixels; "
+        f"of {share:.0%} of the pixels; with --load_in 4bit at most {large.smallest_load[1]:,} "
+        "tokens fit; "
         'generate(..., cache_implementation="offloaded") keeps the cache off it'
     )
     small = forecast(config, 1000, vision_tokens=500, **asked)
@@ -205,15 +207,17 @@ def test_a_prompt_that_is_read_whole_takes_more(tokens, measured):
 
 
 @pytest.mark.parametrize("tower", [False, True])
-def test_quantised_parameters_are_counted_exactly(tower):
+@pytest.mark.parametrize("skipped", [[], [r"model.language_model.layers.\d+.mlp", "q_proj"]])
+def test_quantised_parameters_are_counted_exactly(tower, skipped):
     config = seven_billion()
     config.quantize_vision_tower = tower
     with torch.device("meta"):
         model = VideoNSAForConditionalGeneration(config)
-    kept = re.compile("|".join(model._keep_in_fp32_modules))
+    kept = [*model._keep_in_fp32_modules, *skipped]
     layers = {name: x for name, x in model.named_modules() if isinstance(x, torch.nn.Linear)}
-    counted = sum(x.weight.numel() for name, x in layers.items() if not kept.match(name))
-    assert count_quantized(config) == counted
+    taken = [x.weight.numel() for name, x in layers.items() if should_convert_module(name, kept)]
+    assert count_quantized(config, skipped) == sum(taken)
+    assert len(taken) == 28 * (3 if skipped else 7) + tower * (32 * 5 + 2)
 
 
 def test_quantised_weights_take_what_their_bits_and_scales_do():
@@ -228,6 +232,9 @@ def test_quantised_weights_take_what_their_bits_and_scales_do():
     config.quantization_config = bits_of("4bit")
     assert forecast(config, 8192) == seen["4bit"]  # the checkpoint's own
     assert seen["4bit"].cache == seen["16bit"].cache
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes', others'
+        config.quantization_config = bits_of("4bit") | {name: [".*mlp"]}
+        assert forecast(config, 8192).weights > seen["8bit"].weights + 3
 
 
 def test_a_full_card_is_worked_on_in_smaller_chunks_and_says_what_would_fit():
@@ -280,6 +287,25 @@ def test_what_ran_on_a_card_was_said_to_fit_and_what_ran_out_was_not(bits, card,
     assert seen.fits is (measured is not None)
     if measured is not None:
         assert seen.peak == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("bits", [None, "8bit"])
+def test_a_small_card_is_told_of_smaller_weights_even_where_they_hold_a_part(bits):
+    config, asked = seven_billion(), {"available": int(11.5 * GIB)}
+    quantization = None if bits is None else bits_of(bits)
+
+    def remedy(tokens):
+        prompt = {"vision_tokens": tokens, "new_tokens": 9, "quantization": quantization}
+        return forecast(config, tokens, **prompt, **asked).remedies()
+
+    assert remedy(32768) == "--load_in 4bit makes all of it fit"
+    said = re.fullmatch("with --load_in 4bit at most (.*) tokens fit", remedy(131072))[1]
+    most = int(said.replace(",", ""))
+    for tokens, fits in ((most, True), (most + 1, False)):
+        prompt = {"vision_tokens": tokens - 9, "new_tokens": 9, "quantization": bits_of("4bit")}
+        assert forecast(config, tokens - 9, **prompt, **asked).fits is fits
+    config.quantization_config = bits_of("8bit")  # its weights in whole are not there
+    assert remedy(131072).startswith("not even the weights")
 
 
 def test_everything_that_is_said_to_fit_does_on_any_card():
