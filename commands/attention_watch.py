@@ -21,6 +21,7 @@ from commands.attention_sinks import SinkSums
 
 BINS = 64  # of neighbouring steps, at most
 MOST_QUESTION_ROWS = 256  # of a longer text after the last image or video, the last ones
+STILL = 1e-3  # a head whose gates deviate less has its branch open or closed for good
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}  # scores of text rows that are held at once
 
 
@@ -268,7 +269,10 @@ class _Sums:
         return self.counts[..., :-1].cpu().numpy()
 
     def gates(self):
-        """Means [3, H, T], deviations [3, H] and correlations [3, H, H]; NaN without tokens."""
+        """Means [3, H, T], deviations [3, H] and correlations [3, H, H]; NaN without tokens.
+
+        A correlation with a head whose gates hardly change (STILL) is NaN, too.
+        """
         sums = self.gate_sums.double().cpu().unflatten(1, (-1, 3)).permute(2, 1, 0)
         queries, products = self.queries.double().cpu(), self.gate_products.double().cpu()
         off = sums.sum(-1) / queries.sum()
@@ -276,7 +280,8 @@ class _Sums:
             off = off - self.near.double().cpu().T
         covariance = products / queries.sum() - off[:, :, None] * off[:, None]
         deviation = covariance.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-        correlation = covariance / (deviation[:, :, None] * deviation[:, None])
+        changing = deviation.where(deviation > STILL, torch.nan)
+        correlation = covariance / (changing[:, :, None] * changing[:, None])
         return tuple(x.numpy() for x in (sums / queries, deviation, correlation))
 
 

@@ -122,6 +122,16 @@ def test_blocks_are_the_patches_that_they_hold(model, inputs):
     assert [x.sum() for x in record.selected_patches(5, layer=0, group=1)] == [2, 2, 0, 0, 0, 0]
 
 
+def test_a_head_whose_gate_hardly_changes_is_like_none(inputs):
+    model = make_model(dtype=torch.float64)
+    gates = model.model.language_model.layers[0].self_attn.g_proj_2
+    gates.weight.data[0] *= 1e-6  # of head 0, compressed
+    record, _ = recorded(model, inputs)
+    undefined = np.isnan(record.gate_correlations[0])
+    assert undefined[0, 0].all() and undefined[0, :, 0].all()
+    assert not undefined[0, 1:, 1:].any() and not undefined[1:].any()
+
+
 def test_timestamps_between_the_steps_of_a_video_are_text(model, prompts):
     """As `timestamps=True` of the processor writes them, before each step."""
     ids, media = prompts.row(2, ("video", 3, 1, 2), 4)

@@ -85,6 +85,15 @@ def test_pairs_of_heads_leave_a_head_and_itself_out():
     np.testing.assert_allclose(measure_attention.between_heads(square), [0.3])
 
 
+def test_heads_whose_gates_never_change_count_for_no_likeness():
+    """The root's first layer opens or closes a head for good."""
+    square = np.full((2, 3, 3), np.nan)
+    square[1] = 0.5
+    alike = measure_attention.between_heads(square)
+    np.testing.assert_equal(alike, [np.nan, 0.5])
+    assert measure_attention.by_layer(alike[:, None])[-1] == ("mean", 0.5)
+
+
 def test_a_row_with_settings_of_its_own_is_refused(data):
     row = {"video": "a.mp4", "question": "What?", "answer": "It.", "video_end": 3}
     row["video"] = str(CLIPS / "circle.mp4")

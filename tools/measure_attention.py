@@ -9,6 +9,7 @@ first stands for their gates, heads, sinks and budgets. The numbers are those of
 """
 
 import argparse
+import warnings
 from collections import defaultdict
 
 import numpy as np
@@ -74,13 +75,20 @@ def print_table(title, names, rows, form):
 
 def by_layer(values):
     """values [Y, columns] as rows, with their means last."""
-    return [*((layer, *row) for layer, row in enumerate(values)), ("mean", *values.mean(0))]
+    return [*((layer, *row) for layer, row in enumerate(values)), ("mean", *known_mean(values, 0))]
+
+
+def known_mean(values, axis):
+    """The mean of what is not NaN; NaN where all is, as likeness of heads that never change is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice")
+        return np.nanmean(values, axis)
 
 
 def between_heads(square):
     """Means over all pairs of different heads of [..., H, H]; NaN of heads that never differ."""
     heads = square.shape[-1]
-    return np.nanmean(square[..., ~np.eye(heads, dtype=bool)], -1)
+    return known_mean(square[..., ~np.eye(heads, dtype=bool)], -1)
 
 
 def print_all(records, peaks):
@@ -89,8 +97,8 @@ def print_all(records, peaks):
     )
     print_table("Gates, mean", ["layer", *BRANCHES], by_layer(means), "{:.2f}")
     print_table("Gates, standard deviation", ["layer", *BRANCHES], by_layer(spreads), "{:.2f}")
-    alike = np.mean([between_heads(r.gate_correlations) for r in records], 0)
-    common = np.nanmean([between_heads(r.overlaps()) for r in records], 0)
+    alike = known_mean([between_heads(r.gate_correlations) for r in records], 0)
+    common = known_mean([between_heads(r.overlaps()) for r in records], 0)
     names = ["layer", *(f"gates, {branch}" for branch in BRANCHES), "blocks in common"]
     rows = by_layer(np.concatenate([alike, common[:, None]], 1))
     print_table("Likeness of two heads", names, rows, "{:.2f}")
