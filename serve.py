@@ -50,7 +50,8 @@ def make_server(options):
     path = Path(options.model)
     name = path.resolve().name if path.is_dir() else options.model
     print(f"{name} {prepared.describe()}", flush=True)
-    return Server(Answerer(prepared, processor, folder, lambda line: print(line, flush=True)), name)
+    answerer = Answerer(prepared, processor, folder, lambda line: print(line, flush=True))
+    return Server(answerer, name, options.host)
 
 
 def main():

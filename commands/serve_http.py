@@ -4,20 +4,26 @@ GET /v1/models names the model; POST /v1/chat/completions answers, as JSON or as
 are answered one at a time, in the order in which they came, by the only worker of a pool. When a
 client goes, its answer ends at the next word, or is not begun.
 
+A server that listens to its own machine alone does not answer to other names than that machine's: a
+page in a browser here could have its site's name lead here, and send and read what it likes.
+
 What is wrong with a request is HTTP 400 with a message. That holds for streams, too: nothing is
 sent before the first word, and by then everything of the prompt was read.
 """
 
 import asyncio
+import ipaddress
 import json
 import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from commands.serve_answers import Answer, Answerer
@@ -32,10 +38,14 @@ class Gone(Exception):
 
 
 class Server:
-    """An ASGI application. answerer: answers requests.  name: of its model, as clients say it."""
+    """An ASGI application.
 
-    def __init__(self, answerer: Answerer, name: str):
+    answerer: answers requests.  name: of its model, as clients say it.  host: where it listens.
+    """
+
+    def __init__(self, answerer: Answerer, name: str, host: str = "127.0.0.1"):
         self.answerer, self.name, self.started = answerer, name, int(time.time())
+        self.host = host
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answer")
         self.unanswered = 0  # requests that are being read or answered, or wait
         self.routes = FastAPI(title="VideoNSA", openapi_url=None)
@@ -47,9 +57,16 @@ class Server:
 
     async def __call__(self, scope, receive, send):
         counted = scope["type"] == "http"
+        asked = self.routes
+        if counted and not is_own_name(host := Headers(scope=scope).get("host", ""), self.host):
+            asked = failure(
+                403,
+                f"the request's Host header is {host!r}, but this server listens to its own "
+                f"machine alone: ask it as localhost or {self.host}",
+            )
         self.unanswered += counted
         try:
-            await self.routes(scope, receive, send)
+            await asked(scope, receive, send)
         finally:
             self.unanswered -= counted
 
@@ -148,6 +165,31 @@ class Server:
         """What every answer and every event of one begins with."""
         name = f"chatcmpl-{uuid.uuid4().hex}"
         return {"id": name, "object": kind, "created": int(time.time()), "model": self.name}
+
+
+def is_own_name(asked: str, host: str) -> bool:
+    """Whether a Host header may name a server that listens at `host`.
+
+    Any may where other machines can ask. An address of numbers is never that of a page elsewhere.
+    """
+    try:
+        name = urlsplit(f"//{asked}").hostname or ""
+    except ValueError:
+        return False
+    is_local = _is_localhost(host) or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+    return not is_local or name == host.lower() or _is_localhost(name) or _is_address(name)
+
+
+def _is_localhost(name):
+    return name.lower() == "localhost" or name.lower().endswith(".localhost")
+
+
+def _is_address(name):
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 async def read_body(request: Request) -> bytes:

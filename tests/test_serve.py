@@ -29,7 +29,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="needs requirements-demo.txt")
 pytest.importorskip("fastapi", reason="needs requirements-demo.txt")
 httpx = pytest.importorskip("httpx", reason="needs requirements-demo.txt")
 
-from commands import serve_http  # noqa: E402
+from commands import host_memory, serve_http  # noqa: E402
 from commands.forecast import forecast  # noqa: E402
 from commands.model_loading import prepare_model  # noqa: E402
 from commands.serve_answers import Answer, Answerer, sampling  # noqa: E402
@@ -390,6 +390,23 @@ def test_what_memory_does_not_hold_is_refused_with_what_would_fit(client, answer
     assert message.startswith("this does not fit: ") and message.endswith("; shorten the text")
 
 
+def test_memory_is_asked_for_when_a_prompt_comes(monkeypatch):
+    """What this process took since it began is the weights', which each forecast counts."""
+    free, own = 8 << 30, 1 << 30
+    monkeypatch.setattr(
+        host_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free)
+    )
+    monkeypatch.setattr(host_memory, "_own_memory", lambda: own)
+    forecast_memory = host_memory.with_host_memory(prepare_model(str(ROOT), "cpu")).forecast_memory
+    assert forecast_memory(100, 0, 1).available == 8
+    free, own = 5 << 30, 4 << 30
+    assert forecast_memory(100, 0, 1).available == 8
+    free = 2 << 30  # another program took three
+    assert forecast_memory(100, 0, 1).available == 5
+    own = 0
+    assert forecast_memory(100, 0, 1).available == 2
+
+
 # Whose turn it is, with an answerer that the tests lead.
 
 
@@ -473,7 +490,9 @@ def test_an_answer_ends_at_the_next_word_when_its_client_has_gone(led, stream):
 def test_a_client_that_goes_while_it_sends_is_no_fault(led, caplog):
     host, port = led.client.base_url.host, led.client.base_url.port
     with socket.create_connection((host, port)) as own:
-        own.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        own.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
+        )
         eventually(lambda: led.server.unanswered == 1)
     eventually(lambda: led.server.unanswered == 0)
     assert not caplog.records and not led.answerer.begun
@@ -492,6 +511,49 @@ def test_a_fault_of_the_server_is_said_to_be_one(led, caplog):
     led.answerer.words.put(KeyError("secret"))
     message = message_of(post(led.client, TEXT), 500)
     assert message == "the server failed; its log says how"
+
+
+# Who may ask, and by which name.
+
+HOSTS = {
+    "localhost:8000": True,
+    "LOCALHOST": True,
+    "toy.localhost": True,
+    "127.0.0.1:8000": True,
+    "[::1]:8000": True,
+    "192.168.1.5": True,
+    "page.example": False,
+    "page.example:8000": False,
+    "localhost.page.example": False,
+    "127.0.0.1.page.example": False,
+    "notlocalhost": False,
+    "user@page.example": False,
+    "[::1": False,
+    "": False,
+}
+
+
+def test_a_page_of_another_name_is_not_answered(led):
+    """A browser here may take another site's name for this machine's (DNS rebinding)."""
+    for host, is_ours in HOSTS.items():
+        for method, url in (("GET", "/v1/models"), ("POST", "/v1/chat/completions")):
+            request = led.client.build_request(method, url, json={}, headers={"Host": host})
+            response = led.client.send(request)
+            assert (response.status_code != 403) == is_ours, (host, url, response.text)
+        if not is_ours:
+            assert repr(host) in message_of(response, 403)
+    assert not led.answerer.begun
+
+
+def test_any_name_is_answered_where_other_machines_can_ask():
+    with listening(Server(Led(), "toy", "0.0.0.0")) as client:
+        assert client.get("/v1/models", headers={"Host": "page.example"}).status_code == 200
+
+
+def test_a_server_is_asked_by_the_name_that_it_listens_at():
+    for bound in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
+        assert serve_http.is_own_name(f"[{bound}]:80" if ":" in bound else bound, bound)
+        assert not serve_http.is_own_name("page.example", bound)
 
 
 # As users start it.
