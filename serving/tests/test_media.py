@@ -1,7 +1,11 @@
 """Videos reach an engine as they reach the processor: its settings, reader, frames as arrays."""
 
+import base64
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from conversations import ask
@@ -47,4 +51,32 @@ def test_frames_that_are_given_as_an_array(llm, reference):
     inputs = reference.processor(
         text=[text], videos=[frames], video_metadata=[metadata], max_tokens=64, return_tensors="pt"
     )
+    reference.check_inputs(output, inputs)
+
+
+def test_all_pictures_of_a_video_that_comes_as_pictures(llm, reference):
+    """vLLM takes the first 32 where a request does not say how many."""
+    pictures, frames = [], []
+    for number in range(40):
+        file = io.BytesIO()
+        Image.new("RGB", (28, 28), (6 * number, 0, 255 - 6 * number)).save(file, "jpeg")
+        pictures.append(base64.b64encode(file.getvalue()).decode())
+        frames.append(np.asarray(Image.open(file)))
+    url = "data:video/jpeg;base64," + ",".join(pictures)
+    video = {"type": "video_url", "video_url": {"url": url}}
+    messages = [{"role": "user", "content": [video, {"type": "text", "text": "So?"}]}]
+    (output,) = llm.chat([messages], greedy(), use_tqdm=False)
+    text = reference.processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "So?"}]}],
+        add_generation_prompt=True,
+    )
+    metadata = {"fps": 1.0, "total_num_frames": 40, "frames_indices": list(range(40))}
+    inputs = reference.processor(
+        text=[text],
+        videos=[np.stack(frames)],
+        video_metadata=[metadata],
+        max_tokens=64,
+        return_tensors="pt",
+    )
+    assert inputs["video_grid_thw"][0, 0] == 20
     reference.check_inputs(output, inputs)

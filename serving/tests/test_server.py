@@ -100,6 +100,10 @@ def test_settings_of_a_request_are_the_processors(client, reference_of_trained):
         assert response.usage.prompt_tokens == len(prompt["input_ids"][0]) < 156
 
 
+def frames_by_loader(count):
+    return {"media_io_kwargs": {"video": {"num_frames": count}}}
+
+
 REFUSED = {
     "cannot be opened as a video": (ask("data:video/mp4;base64,bm90IGEgdmlkZW8=", COLOUR), {}),
     "did you mean 'fps'": (ask("circle.mp4"), {"mm_processor_kwargs": {"fsp": 1}}),
@@ -107,6 +111,8 @@ REFUSED = {
     "stream cannot be served": (ask("circle.mp4"), {"mm_processor_kwargs": {"stream": True}}),
     "timestamps cannot be": (ask("circle.mp4"), {"mm_processor_kwargs": {"timestamps": True}}),
     "as mm_processor_kwargs": (ask("circle.mp4"), {"media_io_kwargs": {"video": {"fps": 1}}}),
+    "num_frames=32 for videos": (ask("circle.mp4"), frames_by_loader(32)),
+    "num_frames=-1 for videos": (ask("circle.mp4"), frames_by_loader(-1)),
     "give one of them": (ask("circle.mp4"), {"mm_processor_kwargs": {"fps": 1, "num_frames": 4}}),
     "take it out of the text": (ask("circle.mp4", "What is <|video_pad|>?"), {}),
     "cannot identify image file": (ask("data:image/png;base64,bm90IGEgcGljdHVyZQ==", COLOUR), {}),

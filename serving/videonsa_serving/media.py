@@ -23,8 +23,9 @@ from vllm.transformers_utils.processor import cached_get_processor
 
 from .checkpoint import code_of_checkpoint
 
-# vLLM's own word for "nothing was asked": its default, and what asks for all frames.
-UNASKED_FRAMES = (32, -1)
+# The number of frames where none was asked for, in place of vLLM's default of 32, which a request
+# may ask for as well. Below zero, so that all frames of a video in JPEG pictures are taken.
+UNASKED_FRAMES = -2
 # Pixels that come while the model reads, and text between the steps of a video.
 NOT_SERVED = ("stream", "timestamps")
 
@@ -34,10 +35,12 @@ class FileLoader(VideoLoader):
     """Hands on the bytes of a video file, as an array of them; nothing is decoded."""
 
     @classmethod
-    def load_bytes(cls, data: bytes, num_frames: int = -1, **kwargs) -> tuple[np.ndarray, dict]:
-        asked = (
-            dict(kwargs) if num_frames in UNASKED_FRAMES else {"num_frames": num_frames, **kwargs}
-        )
+    def load_bytes(
+        cls, data: bytes, num_frames=UNASKED_FRAMES, **kwargs
+    ) -> tuple[np.ndarray, dict]:
+        asked = {"num_frames": num_frames, **kwargs}
+        if num_frames == UNASKED_FRAMES:
+            del asked["num_frames"]
         if asked:
             settings = ", ".join(f"{name}={value!r}" for name, value in asked.items())
             raise ValueError(

@@ -11,11 +11,18 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from .media import UNASKED_FRAMES
+
 IN_PIECES = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 
 
 class VideoNSAConfigCheck(VerifyAndUpdateConfig):
     """Refuses what is not served, and chooses the attention and CUDA graphs that are."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config) -> None:
+        settings = model_config.multimodal_config.media_io_kwargs.setdefault("video", {})
+        settings.setdefault("num_frames", UNASKED_FRAMES)
 
     @staticmethod
     def verify_and_update_config(vllm_config) -> None:
