@@ -16,14 +16,15 @@ kinds:
 What is compared is the language model's attention, so there are no pixels: features are fixed
 random vectors of keys, values and scenes with noise on every token, in place of a vision tower's.
 The rest is the real class with its own plan and positions, and the parts of train_tiny.py. Steps
-are not recorded as CUDA graphs: at --step-tokens the GPU has more to do than the host.
+are not recorded as CUDA graphs: at --step-tokens the GPU has more to do than the host, but for the
+shortest videos.
 
 Every step has the same number of tokens, in rows of one length. Training begins with videos of 8
 frames with 4 needles, half of them shown and half asked, because among 32 the look-up hardly begins
 to be learned; longer ones join in before half of it is over. log.jsonl has losses, milliseconds a
 step and the peak of memory by length, and every --save-every steps the accuracy by length and depth
 of the needle; guessing among the values is right in 1.6 %. Sparse and dense are trained alike where
---steps end both runs, not --minutes. What a step should take stands in docs/training.md.
+--steps end both runs, not --minutes. What came out stands in docs/training.md.
 """
 
 import argparse
