@@ -34,7 +34,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from commands import finetuning_arguments
 from commands.finetuning_data import Collator, Conversations, DataReport
-from commands.finetuning_flags import refuse_evaluation, refuse_together
+from commands.finetuning_flags import refuse_evaluation, refuse_quantised, refuse_together
 from commands.finetuning_model import keep_vision_calls_equal, load_model
 from commands.finetuning_saving import (
     check_keys,
@@ -84,6 +84,7 @@ def prepare(argv):
             processor.video_processor.timestamps = True
         if code := getattr(config, "auto_map", {}).get("AutoModelForImageTextToText"):
             get_class_from_dynamic_module(code, name, revision=revision)
+    refuse_quantised(config, model_args, args)
     read = functools.partial(
         Conversations,
         processor=processor,

@@ -29,7 +29,7 @@ from commands.evaluation_manifest import (
 from commands.evaluation_presets import ALIASES, LIMITS
 from commands.finetuning_rows import set_videos
 from commands.model_card import check_source, find_file
-from commands.quantized_loading import check_device, loading_options
+from commands.quantized_loading import loading_of
 from commands.questions import collate
 from nsa_released import vision_by_position
 from nsa_rules import BRANCHES
@@ -93,11 +93,8 @@ class EvaluatedModel:
         text["nsa_enabled"] = attention == "sparse"
         if semantics is not None:
             text["nsa_semantics"] = semantics
-        default = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        settings = {"dtype": getattr(torch, dtype) if dtype else default}
+        settings = {"dtype": getattr(torch, dtype) if dtype else None, "load_in": load_in}
         settings["device_map"] = device_map or self.device
-        check_device(load_in, str(self.device))
-        settings |= loading_options(load_in)
         if attn_implementation:
             settings["attn_implementation"] = attn_implementation
         self.model = load_model(pretrained, revision, text, **settings)
@@ -300,10 +297,13 @@ def _record(sample):
     return {name: value for name, value in sample.items() if name != "messages"}
 
 
-def load_model(pretrained, revision, text, **settings):
+def load_model(pretrained, revision, text, *, device_map, dtype=None, load_in=None, **settings):
     """The model with other values of its text config, an adapter merged into its base.
 
-    Raises ValueError for another kind of model.
+    Over quantised weights an adapter stays beside them: merged, it would be rounded with them.
+    dtype: None is bfloat16 on a GPU, else float32, and what quantised weights were saved in.
+
+    Raises ValueError for another kind of model, and for what quantised weights cannot be loaded in.
     """
     check_source(pretrained)
     adapter = find_file(pretrained, ADAPTER_CONFIG, revision)
@@ -313,9 +313,11 @@ def load_model(pretrained, revision, text, **settings):
         of = json.loads(adapter.read_text(encoding="utf-8"))
         if not of.get("base_model_name_or_path"):
             raise ValueError(f"{adapter} names no base: give its base_model_name_or_path.")
+        settings |= {"device_map": device_map, "dtype": dtype, "load_in": load_in}
         base = load_model(of["base_model_name_or_path"], of.get("revision"), text, **settings)
         model = peft.PeftModel.from_pretrained(base, pretrained, revision=revision)
-        return model.merge_and_unload().eval()
+        quantised = getattr(base, "is_quantized", False)
+        return (model.get_base_model() if quantised else model.merge_and_unload()).eval()
     source = {"revision": revision, "trust_remote_code": True}
     asked = {name: text[name] for name in ("nsa_semantics",) if name in text}
     config = AutoConfig.from_pretrained(pretrained, **asked, **source)
@@ -325,10 +327,18 @@ def load_model(pretrained, revision, text, **settings):
             "run dense. convert_checkpoint.py makes a VideoNSA of a Qwen2.5-VL; with "
             "--attention dense that is the Qwen2.5-VL it came from."
         )
+    on_gpu = torch.cuda.is_available() and str(device_map) != "cpu"
+    usual = torch.bfloat16 if on_gpu else torch.float32
+    loading = loading_of(load_in, config, str(device_map), dtype or usual)
+    if dtype not in (None, loading["dtype"]):
+        raise ValueError(
+            f"dtype is {dtype}, and {pretrained} was quantised in {loading['dtype']}: leave dtype "
+            "away, or quantise the whole weights with it."
+        )
     own = config.text_config
     config.text_config = type(own).from_dict({**own.to_dict(), **text})
     return AutoModelForImageTextToText.from_pretrained(
-        pretrained, config=config, **settings, **source
+        pretrained, config=config, device_map=device_map, **loading, **settings, **source
     ).eval()
 
 

@@ -8,7 +8,11 @@ import dataclasses
 import math
 from pathlib import Path
 
+import torch
+
+from commands.finetuning_model import run_dtype
 from commands.model_card import check_source
+from commands.quantized_loading import method_of
 
 ITS_OWN = "finetune.py evaluates by its own loss and answers"
 READS_ALL = "it would read every video once before the first step: sort the data yourself"
@@ -171,6 +175,39 @@ def refuse_together(model_args, args):
         raise ValueError(
             "fsdp_config's activation_checkpointing renames modules, and then adapters cannot be "
             "saved. With --lora_r, use --gradient_checkpointing instead."
+        )
+
+
+def refuse_quantised(config, model_args, args):
+    """Raises ValueError for flags that do not go with a checkpoint that was saved quantised."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    name, method = model_args.model_name_or_path, method_of(quantization)
+    saved, given = config.dtype or torch.float32, run_dtype(args)
+    if model_args.load_in:
+        raise ValueError(f"{name} is quantised already: leave --load_in {model_args.load_in} away.")
+    if not model_args.lora_r:
+        raise ValueError(
+            f"{name} is quantised, and such weights do not train. Add adapters with --lora_r 64, "
+            "or train from whole weights."
+        )
+    if args.fsdp or args.deepspeed:
+        raise ValueError(
+            f"{name} is quantised, and FSDP and DeepSpeed share out whole weights: leave them "
+            "away, so that every process has all of the model, or train from whole weights."
+        )
+    if model_args.merge_lora and method != "bitsandbytes":
+        raise ValueError(
+            f"--merge_lora: {name} is quantised by {method}, whose weights are not made whole "
+            "again. Leave --merge_lora out, for an adapter, or train from whole weights."
+        )
+    if saved != given:
+        saved, given = (str(dtype).removeprefix("torch.") for dtype in (saved, given))
+        flags = {"bfloat16": "add --bf16", "float16": "add --fp16"}
+        raise ValueError(
+            f"{name} was quantised in {saved}, and this run computes in {given}: "
+            f"{flags.get(saved, 'leave --bf16 and --fp16 out')}."
         )
 
 

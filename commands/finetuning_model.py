@@ -56,11 +56,6 @@ def choose_trained(model, model_args, args):
             f"{model_args.model_name_or_path} is a {model.config.model_type} checkpoint, not a "
             "VideoNSA one; convert it first: python convert_checkpoint.py SOURCE FOLDER"
         )
-    if getattr(model, "is_quantized", False) and not model_args.lora_r:
-        raise ValueError(
-            f"{model_args.model_name_or_path} is quantised, and such weights do not train. Add "
-            "adapters with --lora_r 64, or train from whole weights."
-        )
     base, parts = model, set(model_args.parts)
     if model_args.lora_r:
         model = add_adapters(model, model_args, parts)

@@ -19,7 +19,7 @@ from commands.finetuning_data import DataReport
 from commands.finetuning_model import PARTS, choose_trained, part_of, run_dtype
 from commands.finetuning_rows import SHOWN_LAYOUTS
 from commands.forecast import count_quantized
-from commands.quantized_loading import bits_of, bytes_per_weight
+from commands.quantized_loading import bits_of, bytes_per_weight, skipped_modules
 
 MEASURED = 200  # conversations that a run measures before it starts
 COUNTED = ("tokens", "labels")  # of a conversation
@@ -117,9 +117,12 @@ def forecast_memory(config, model_args, args, longest):
     width = run_dtype(args).itemsize
     # A trained weight: itself, its gradient and AdamW's two moments, in float32.
     weights = 16 * trained.total() + width * (every.total() - trained.total())
+    quantization = getattr(config, "quantization_config", None)
     if model_args.load_in:
-        each = bytes_per_weight(bits_of(model_args.load_in), width)
-        weights -= (width - each) * count_quantized(config)
+        quantization = bits_of(model_args.load_in)
+    if quantization is not None:
+        saved = width - bytes_per_weight(quantization, width)
+        weights -= saved * count_quantized(config, skipped_modules(quantization))
     shards = args.world_size if args.fsdp or args.deepspeed else 1
     tokens, labels = (longest[name] * args.per_device_train_batch_size for name in COUNTED)
     layers = activations(config.text_config, args, tokens / args.sequence_parallel_size)

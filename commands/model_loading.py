@@ -17,14 +17,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import find_adapter_config_file
 
 from commands.forecast import Forecast, forecast
-from commands.quantized_loading import check_device, check_widths, loading_options
+from commands.quantized_loading import loading_of, method_of
 
 
 class PreparedModel(NamedTuple):
     """A model before its weights are read.
 
     config: its `VideoNSAConfig`.  device: a device's name, or "auto" for all GPUs.
-    dtype: of its weights.
+    dtype: of its weights.  load_in: the name of `LOAD_IN` that they are quantised by, or None.
     load: loads it.  forecast_memory: the `Forecast` of a prompt from its tokens, vision tokens and
         the answer's, and the processes that share it out, by default one.
     """
@@ -32,6 +32,7 @@ class PreparedModel(NamedTuple):
     config: object
     device: str
     dtype: torch.dtype
+    load_in: str | None
     load: Callable
     forecast_memory: Callable[..., Forecast]
 
@@ -42,7 +43,10 @@ class PreparedModel(NamedTuple):
             where += f" ({torch.cuda.get_device_name(self.device)})"
         attention = "sparse" if self.config.text_config.nsa_enabled else "dense"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"on {where} in {dtype}, {attention} attention"
+        weights = "" if self.load_in is None else f", weights in {self.load_in}"
+        if own := getattr(self.config, "quantization_config", None):
+            weights = f", weights as {method_of(own)} saved them"
+        return f"on {where} in {dtype}{weights}, {attention} attention"
 
 
 def prepare_model(
@@ -77,20 +81,15 @@ def prepare_model(
     # Made anew, so that an unknown backend is refused now.
     config.text_config = type(text).from_dict({**text.to_dict(), **asked})
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    if load_in is not None and getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{base} is quantised already: leave --load_in {load_in} away")
-    check_device(load_in, device)
-    quantised = loading_options(load_in)
-    check_widths(load_in, config.text_config, device)
+    loading = loading_of(load_in, config, device, dtype)
 
     def load():
         loaded = AutoModelForImageTextToText.from_pretrained(
             base,
             config=config,
             trust_remote_code=True,
-            dtype=dtype,
             device_map=device,
-            **quantised,
+            **loading,
         )
         if base == model:
             return loaded
@@ -104,14 +103,14 @@ def prepare_model(
             prompt_tokens,
             vision_tokens=vision_tokens,
             new_tokens=new_tokens,
-            dtype=dtype,
-            quantization=quantised.get("quantization_config"),
+            dtype=loading["dtype"],
+            quantization=loading.get("quantization_config"),
             # What "auto" puts on which device is not known before it is done.
             device=None if device == "auto" else device,
             processes=processes,
         )
 
-    return PreparedModel(config, device, dtype, load, forecast_memory)
+    return PreparedModel(config, device, loading["dtype"], load_in, load, forecast_memory)
 
 
 def read_config(model: str):

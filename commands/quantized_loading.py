@@ -95,6 +95,27 @@ def loading_options(name: str | None) -> dict:
     return {} if name is None else {"quantization_config": quantization_config(name)}
 
 
+def loading_of(name: str | None, config, device: str, dtype: torch.dtype) -> dict:
+    """What `from_pretrained` takes for a checkpoint of this configuration, the dtype with it.
+
+    name: of `LOAD_IN`, or None.
+    dtype: of weights that are not quantised. Those of a checkpoint that was saved quantised keep
+        their own: transformers takes no other for all of them.
+
+    Raises ValueError where a checkpoint is quantised already or is not to be multiplied so there.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        if name is not None:
+            raise ValueError(
+                f"{config.name_or_path} is quantised already: leave --load_in {name} away"
+            )
+        return {"dtype": config.dtype or dtype}
+    check_device(name, device)
+    options = loading_options(name)
+    check_widths(name, config.text_config, device)
+    return {"dtype": dtype, **options}
+
+
 def plain_state_dict(model) -> dict:
     """The state dict of a model, quantised weights taken apart into plain tensors."""
     quantizer, state = getattr(model, "hf_quantizer", None), None
@@ -116,7 +137,7 @@ def bytes_per_weight(quantization, itemsize: int) -> float:
     weights in whole, which those of other libraries are taken for unless they say their bits.
     """
     fields = _fields(quantization)
-    method = _method(fields)
+    method = method_of(fields)
     if method == "bitsandbytes" and fields.get("load_in_8bit"):
         return 1
     if method == "bitsandbytes":  # a scale for 64 weights: float32, or 8 bits and a few more
@@ -134,7 +155,7 @@ def bytes_per_weight(quantization, itemsize: int) -> float:
 def is_int8_product(quantization) -> bool:
     """Whether activations are multiplied in 8 bits, as bitsandbytes does."""
     fields = _fields(quantization)
-    return _method(fields) == "bitsandbytes" and bool(fields.get("load_in_8bit"))
+    return method_of(fields) == "bitsandbytes" and bool(fields.get("load_in_8bit"))
 
 
 def skipped_modules(quantization) -> tuple[str, ...]:
@@ -144,12 +165,14 @@ def skipped_modules(quantization) -> tuple[str, ...]:
     return tuple(pattern for name in names for pattern in fields.get(name) or ())
 
 
+def method_of(quantization) -> str:
+    """The library of a quantization_config, or of its fields, by the library's name for it."""
+    method = _fields(quantization)["quant_method"]
+    return str(getattr(method, "value", method))
+
+
 def _fields(quantization):
     return quantization if isinstance(quantization, dict) else quantization.to_dict()
-
-
-def _method(fields):
-    return str(getattr(fields["quant_method"], "value", fields["quant_method"]))
 
 
 def _torchao_type(name):

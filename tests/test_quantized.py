@@ -17,13 +17,22 @@ from videonsa.float8_videonsa import takes_float8
 from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 
 import ask
+import finetune
 import make_clips
-from commands.checkpoint_files import listed_files
+from commands.checkpoint_files import CODE_FILES, listed_files
 from commands.evaluation_manifest import weights_digest
+from commands.evaluation_model import load_model
+from commands.finetuning_flags import refuse_quantised
 from commands.model_loading import prepare_model
-from commands.quantized_loading import LOAD_IN, PACKAGES, loading_options, quantization_config
+from commands.quantized_loading import (
+    LOAD_IN,
+    PACKAGES,
+    loading_of,
+    loading_options,
+    quantization_config,
+)
 from convert_checkpoint import convert
-from finetuning import ROW, losses, run, write_rows
+from finetuning import ROW, flags, losses, run, write_rows
 from measure_tiny import answer_all
 from paths import ROOT
 from tiny import Prompts, config_fields, stock_twin
@@ -293,6 +302,65 @@ def test_flags_that_do_not_train_quantised_are_refused(folder, tmp_path, wide):
         run(data, tmp_path, load_in="4bit")
     with pytest.raises(ValueError, match="--load_in is 'int4'; adapters train over 4bit or 8bit"):
         run(data, tmp_path, load_in="int4", lora_r=4)
+
+
+def saved_by(method, folder):
+    """The configuration of a checkpoint at the root's sizes that a library has quantised."""
+    config = VideoNSAConfig.from_pretrained(ROOT, dtype=torch.bfloat16)
+    config.quantization_config = {"quant_method": method, "load_in_4bit": True}
+    config.name_or_path = str(folder)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("bitsandbytes", {"load_in": "8bit"}, "quantised already: leave --load_in 8bit away"),
+        ("bitsandbytes", {"lora_r": 0}, "do not train. Add adapters with --lora_r"),
+        ("torchao", {"merge_lora": True}, "quantised by torchao, .* Leave --merge_lora out"),
+        ("torchao", {"bf16": False}, "quantised in bfloat16, .* computes in float32: add --bf16"),
+        ("bitsandbytes", {"fp16": True, "bf16": False}, "computes in float16: add --bf16"),
+    ],
+)
+def test_flags_that_a_quantised_checkpoint_does_not_train_with(method, settings, message, tmp_path):
+    settings = {"model_name_or_path": tmp_path, "lora_r": 4, "bf16": True} | settings
+    settings = {name: value for name, value in settings.items() if value is not False}
+    model_args, _, args = finetune.parse(flags("data.json", tmp_path / "out", **settings))
+    with pytest.raises(ValueError, match=message):
+        refuse_quantised(saved_by(method, tmp_path), model_args, args)
+    refuse_quantised(VideoNSAConfig.from_pretrained(ROOT), model_args, args)
+
+
+def test_a_quantised_checkpoint_keeps_its_dtype_and_takes_no_other_name(tmp_path):
+    config = saved_by("bitsandbytes", tmp_path)
+    assert loading_of(None, config, "cpu", torch.float32) == {"dtype": torch.bfloat16}
+    with pytest.raises(ValueError, match="is quantised already: leave --load_in 8bit away"):
+        loading_of("8bit", config, "cpu", torch.float32)
+
+
+def test_commands_load_what_was_saved_in_4_bits_and_leave_an_adapter_beside_it(wide, tmp_path):
+    """Transformers gives the biases of such a checkpoint another dtype, and its weights not."""
+    need("4bit")
+    peft = pytest.importorskip("peft")
+    saved, adapter = tmp_path / "saved", tmp_path / "adapter"
+    saved.mkdir()
+    for name in CODE_FILES:
+        shutil.copyfile(ROOT / name, saved / name)
+    load(wide, "4bit").save_pretrained(saved)
+    prepared = prepare_model(str(saved), "cpu")
+    assert "in bfloat16, weights as bitsandbytes saved them" in prepared.describe()
+    assert logits(prepared.load()).isfinite().all()
+    tuned = peft.get_peft_model(
+        prepared.load(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    tuned.save_pretrained(adapter)
+    evaluated = load_model(str(adapter), None, {}, device_map="cpu")
+    assert torch.equal(logits(evaluated), logits(tuned.eval()))
+    assert not torch.equal(logits(evaluated), logits(prepared.load()))
+    with pytest.raises(ValueError, match="dtype is torch.float32, and .* in torch.bfloat16"):
+        load_model(str(saved), None, {}, device_map="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match="quantised already: leave --load_in 8bit away"):
+        load_model(str(saved), None, {}, device_map="cpu", load_in="8bit")
 
 
 def test_a_quantised_cache_is_refused_for_several_chunks(wide, monkeypatch):
