@@ -9,10 +9,14 @@ import math
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType, PartialState
+from transformers.utils import logging
 
 from commands.finetuning_model import run_dtype
 from commands.model_card import check_source
 from commands.quantized_loading import method_of
+
+logger = logging.get_logger("finetune")
 
 ITS_OWN = "finetune.py evaluates by its own loss and answers"
 READS_ALL = "it would read every video once before the first step: sort the data yourself"
@@ -157,6 +161,7 @@ def refuse_together(model_args, args):
             f"--load_in {model_args.load_in} with FSDP or DeepSpeed, which share out whole "
             "weights: leave one of them away. Without them every process has all of the model."
         )
+    _say_what_is_not_sharded(args)
     if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists():
         raise ValueError(
             f"{model} is an adapter: go on with it by --resume_from_checkpoint, or train "
@@ -209,6 +214,20 @@ def refuse_quantised(config, model_args, args):
             f"{name} was quantised in {saved}, and this run computes in {given}: "
             f"{flags.get(saved, 'leave --bf16 and --fp16 out')}."
         )
+
+
+def _say_what_is_not_sharded(args):
+    """A warning where accelerate leaves --fsdp out, by one process or on CPUs; not with groups."""
+    kind = PartialState().distributed_type
+    if not args.fsdp or kind not in (DistributedType.NO, DistributedType.MULTI_CPU):
+        return
+    where = "one process" if kind == DistributedType.NO else "processes on CPUs"
+    if args.sequence_parallel_size > 1:
+        raise ValueError(
+            f"--sequence_parallel_size is {args.sequence_parallel_size}, which needs weights in "
+            f"shards, and accelerate makes none for {where}. Run it on GPUs, or leave it out."
+        )
+    logger.warning(f"--fsdp is not used: for {where} accelerate keeps the weights whole in each.")
 
 
 def _text(value):

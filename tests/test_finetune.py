@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import ParallelismConfig
+from accelerate import DistributedType, ParallelismConfig, PartialState
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -24,7 +24,7 @@ from commands import finetuning_model
 from commands.checkpoint_files import REQUIRED_FILES, listed_files
 from commands.finetuning_arguments import COMMON, ModelArguments
 from commands.finetuning_data import REPORT, Collator, Conversations
-from commands.finetuning_flags import REFUSED
+from commands.finetuning_flags import REFUSED, refuse_together
 from commands.finetuning_model import part_of
 from commands.finetuning_rows import LAYOUTS
 from commands.finetuning_saving import whole_checkpoints
@@ -667,6 +667,22 @@ def test_other_semantics_are_trained_and_saved(folder, tmp_path, adapters):
     assert trainer.base.config.text_config.nsa_semantics == "released"
     saved = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
     assert saved.text_config.nsa_semantics == "released"
+
+
+def test_weights_that_accelerate_does_not_shard_are_said(tmp_path, monkeypatch, caplog):
+    """It keeps them whole in one process and on CPUs; with groups it would fail, far from that."""
+    settings = {"fsdp": True, "fsdp_config": '{"version": 2}'}
+    model_args, _, args = finetune.parse(flags("x.json", tmp_path, **settings))
+    refuse_together(model_args, args)
+    assert "--fsdp is not used: for one process accelerate keeps the weights whole" in caplog.text
+    monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.MULTI_CPU)
+    args.sequence_parallel_size = 2
+    with pytest.raises(ValueError, match="size is 2, .* none for processes on CPUs. Run it on GPU"):
+        refuse_together(model_args, args)
+    caplog.clear()
+    monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.MULTI_GPU)
+    refuse_together(model_args, args)
+    assert not caplog.text
 
 
 def test_recipes_are_settings_that_parse(tmp_path):
