@@ -270,7 +270,9 @@ def check_files(folder):
     model_type = read_json(folder / "config.json").get("model_type")
     if model_type != "qwen2_5_vl":
         raise ValueError(
-            f"{folder} holds a {model_type} checkpoint; only Qwen2.5-VL (qwen2_5_vl) is converted."
+            f"{folder} holds a {model_type} checkpoint; only Qwen2.5-VL (qwen2_5_vl) is converted. "
+            "To write a VideoNSA in 8 or 4 bits, load it so and call save_pretrained "
+            "(docs/cards.md)."
         )
 
 

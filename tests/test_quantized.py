@@ -19,6 +19,7 @@ from videonsa.modeling_videonsa import VideoNSAForConditionalGeneration
 import ask
 import finetune
 import make_clips
+import publish
 from commands.checkpoint_files import CODE_FILES, listed_files
 from commands.evaluation_manifest import weights_digest
 from commands.evaluation_model import load_model
@@ -235,6 +236,7 @@ def test_a_conversion_may_end_quantised(name, wide, tmp_path, capsys):
     assert logits(load(out)).isfinite().all()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
     assert {"README.md", "tokenizer.json", "modeling_videonsa.py"} <= set(listed_files(out))
+    publish.check_loads(out, listed_files(out))
     assert convert(source, out, load_in=name) is None
     assert "nothing to convert" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match="not the result of this conversion"):

@@ -37,12 +37,14 @@ import sys
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 for name in sys.argv[1:]:
-    AutoConfig.from_pretrained(name, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
     if not processor.chat_template:
         sys.exit("the processor has no chat template")
+    # Quantised weights are put together from several tensors, which are not there on "meta".
+    device = "auto" if getattr(config, "quantization_config", None) else "meta"
     model, info = AutoModelForImageTextToText.from_pretrained(
-        name, trust_remote_code=True, device_map="meta", output_loading_info=True
+        name, trust_remote_code=True, device_map=device, output_loading_info=True
     )
     faults = {fault: sorted(map(str, keys)) for fault, keys in info.items() if keys}
     if faults:
