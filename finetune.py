@@ -42,6 +42,7 @@ from commands.finetuning_saving import (
     how_to_go_on,
     make_papers,
     save_result,
+    say_other_processes,
     with_scores,
 )
 from commands.finetuning_summary import print_next_steps, summarize
@@ -112,6 +113,7 @@ def prepare(argv):
     model = load_model(model_args, args)
     if checkpoint is not None:
         check_keys(model, checkpoint)
+        say_other_processes(checkpoint, args.world_size)
     trainer = VideoNSATrainer(
         model=model,
         args=args,

@@ -184,6 +184,17 @@ def find_checkpoint(wanted: str | None, output_dir: str) -> Path | None:
     return folder
 
 
+def say_other_processes(checkpoint: Path, processes: int):
+    """A warning where another number of processes goes on from a checkpoint than saved it."""
+    saved = len(list(checkpoint.glob("rng_state*.pth")))  # one of each process
+    if saved != processes:
+        logger.warning(
+            f"{checkpoint} was saved by {saved} processes, and {processes} go on: a step takes "
+            "other conversations than it would have, of this epoch some twice and some not at all, "
+            f"and random numbers are drawn anew. To go on exactly, start {saved}."
+        )
+
+
 def how_to_go_on(args, step: int) -> str:
     """What to do after an interruption at a step."""
     whole = whole_checkpoints(args.output_dir)

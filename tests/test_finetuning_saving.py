@@ -23,6 +23,7 @@ from commands.finetuning_saving import (
     complete_folder,
     find_checkpoint,
     prepare_folder,
+    say_other_processes,
     whole_checkpoints,
 )
 from finetuning import flags, logits_of, losses, run, start
@@ -368,3 +369,17 @@ def test_a_run_that_ended_with_an_adapter_may_go_on_and_end_merged(
         merged = AutoModelForImageTextToText.from_pretrained(place, trust_remote_code=True)
         torch.testing.assert_close(logits_of(merged, batch), expected, rtol=1e-4, atol=1e-4)
     assert "adapter_config.json" in names_in(out / "adapter")
+
+
+def test_another_number_of_processes_that_goes_on_is_said(tmp_path, caplog):
+    for saved, names in ((1, ["rng_state.pth"]), (2, ["rng_state_0.pth", "rng_state_1.pth"])):
+        folder = tmp_path / f"checkpoint-{saved}"
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+        for processes in (1, 2):
+            caplog.clear()
+            say_other_processes(folder, processes)
+            assert bool(caplog.text) == (processes != saved)
+    say_other_processes(folder, 1)
+    assert "saved by 2 processes, and 1 go on" in caplog.text
